@@ -1,0 +1,1 @@
+"""From a bare Mac to a verified kohya_ss training step: one module per step."""

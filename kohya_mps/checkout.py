@@ -1,0 +1,349 @@
+"""The checkout: kohya_ss at its pinned commit, sd-scripts at that commit's gitlink.
+
+Both are brought to their commit by the same step, which can be killed at any moment:
+before the first file changes it records where it comes from and where it goes, and only
+files that differ between the two are ever taken for leftovers of an interrupted run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from .errors import KohyaError, StepFailed, UsageError
+from .home import STATE, Home, write
+from .process import Finished, capture, scrubbed, stream
+from .report import Check, Report, Status, say
+from .settings import Settings
+
+SUBMODULE = "sd-scripts"
+_REF = "refs/kohya-mps/"
+
+
+class Commits(msgspec.Struct, frozen=True):
+    """What is checked out: kohya_ss and its sd-scripts."""
+
+    kohya_ss: str
+    sd_scripts: str
+
+
+def bring(settings: Settings, *, stash: bool = False) -> Commits:
+    """Make the checkout stand at the pinned commit, whatever state it is found in.
+
+    Args:
+        settings: the home, the repository and the commit.
+        stash: put local changes away with ``git stash`` instead of refusing them.
+
+    Raises:
+        UsageError: the place or the commit cannot be meant, or local changes are in the way.
+        StepFailed: the repository cannot be reached, or git failed.
+    """
+    home = Home(settings.home)
+    _Tree(home, home.root, settings, lambda: settings.url).bring(settings.commit, stash)
+    wanted = gitlink(home, settings.commit)
+    _Tree(home, home.sd_scripts, settings, lambda: _submodule_url(home)).bring(wanted, stash)
+    return Commits(settings.commit, wanted)
+
+
+def report(settings: Settings, commits: Commits) -> Report:
+    """What stands where, as the report of ``invoke clone``."""
+    checks = (
+        Check("kohya_ss", Status.PASS, f"{commits.kohya_ss} in {settings.home}"),
+        Check(SUBMODULE, Status.PASS, commits.sd_scripts),
+    )
+    return Report("Checkout", checks, {"commits": commits, "home": str(settings.home)})
+
+
+def present(home: Home) -> Commits | None:
+    """The commits that stand in the home now; nothing when there is no usable checkout."""
+    heads = []
+    for tree in (home.root, home.sd_scripts):
+        if not os.path.lexists(tree / ".git"):
+            return None
+        found = capture(
+            ["git", "-C", tree, "rev-parse", "--verify", "--quiet", "HEAD"], env=_environment(tree)
+        )
+        heads.append(found.stdout.strip())
+    return Commits(*heads) if all(heads) else None
+
+
+def local_changes(path: Path) -> list[str]:
+    """Tracked files of one working tree that differ from its commit, as ``git status`` names them."""
+    listed = _git(path, "status", "--porcelain=v1", "-z", "--untracked-files=no", "--ignore-submodules=all")
+    entries = [entry for entry in listed.split("\0") if entry]
+    return [entry[3:] for entry in entries if len(entry) > 3 and entry[2] == " "]
+
+
+def gitlink(home: Home, commit: str) -> str:
+    """The commit of sd-scripts that a commit of kohya_ss names."""
+    entry = _git(home.root, "ls-tree", commit, "--", SUBMODULE).split()
+    if len(entry) < 3 or entry[1] != "commit":
+        raise UsageError(
+            f"commit {commit} has no {SUBMODULE} submodule, so it is no commit of kohya_ss",
+            "check KOHYA_REPO_URL and KOHYA_COMMIT",
+        )
+    return entry[2]
+
+
+def _submodule_url(home: Home) -> str:
+    """What git itself makes of the address in .gitmodules, relative ones included."""
+    _git(home.root, "submodule", "--quiet", "init", "--", SUBMODULE)
+    _git(home.root, "submodule", "--quiet", "sync", "--", SUBMODULE)
+    return _git(home.root, "config", "--get", f"submodule.{SUBMODULE}.url").strip()
+
+
+class _Move(msgspec.Struct, frozen=True):
+    """The record of a working tree on its way: it exists while git may change anything."""
+
+    came_from: str
+    goes_to: str
+
+
+class _Damaged(Exception):
+    """Git cannot read what it once wrote to this disk."""
+
+
+class _Tree:
+    """One working tree on its way to a commit."""
+
+    def __init__(self, home: Home, path: Path, settings: Settings, url: Callable[[], str]) -> None:
+        self.path = path
+        self.stall_seconds = settings.network_stall_seconds
+        self.url = url
+        self.is_submodule = path == home.sd_scripts
+        self.record = home.state / f"moving-{path.name if self.is_submodule else 'kohya_ss'}.json"
+
+    def bring(self, commit: str, stash: bool) -> None:
+        if not os.path.lexists(self.path / ".git"):
+            self._begin(commit)
+        try:
+            self._move(commit, stash)
+        except _Damaged as reason:
+            self._start_over(str(reason), commit)
+            self._move(commit, stash)
+        if not self.is_submodule:
+            self._exclude(f"/{STATE}/")
+
+    def _exclude(self, pattern: str) -> None:
+        """Keep what is ours, or was set aside, out of git's sight and away from ``git clean``."""
+        exclude = self._git_dir() / "info" / "exclude"
+        known = exclude.read_text(encoding="utf-8") if exclude.exists() else ""
+        if pattern not in known.splitlines():
+            exclude.parent.mkdir(exist_ok=True)
+            write(exclude, f"{known.rstrip()}\n{pattern}\n".encode())
+
+    def _begin(self, commit: str) -> None:
+        strangers = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        if self.is_submodule and strangers and not self.record.exists():
+            raise UsageError(
+                f"{self.path} holds files but is no git working tree: {', '.join(strangers[:5])}",
+                f"move it away, for instance `mv '{self.path}' '{self.path}.old'`",
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write(self.record, msgspec.json.encode(_Move("", commit)))
+        self._git("init", "--quiet")
+
+    def _move(self, commit: str, stash: bool) -> None:
+        if self.record.exists():
+            self._finish_interrupted()
+        here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
+        changed = self._local_changes() if here else []
+        if changed and not stash:
+            listed = "\n".join(f"    {name}" for name in changed[:20])
+            more = f"\n    … and {len(changed) - 20} more" if len(changed) > 20 else ""
+            raise UsageError(
+                f"{self.path} has local changes:\n{listed}{more}",
+                "`invoke clone --stash` puts them away with git stash; commit or revert them to keep or drop them",
+            )
+        if here == commit and not changed:
+            return
+        write(self.record, msgspec.json.encode(_Move(here, commit)))
+        if changed:
+            self._git("stash", "push", "--quiet", "--message", "put away by kohya-mps")
+            say(
+                f"  put away {len(changed)} changed file(s): `git -C '{self.path}' stash pop` brings them back"
+            )
+        if not self._has(commit):
+            self._fetch(commit)
+        self._keep(here)
+        self._git(
+            "update-ref", f"{_REF}{commit}", commit
+        )  # git's clean-up must not lose it: rollback needs it
+        switched = self._run("checkout", "--quiet", "--detach", *([] if here else ["--force"]), commit)
+        if switched.returncode:
+            self.record.unlink()
+            self._check_whole()
+            raise UsageError(
+                f"git cannot switch {self.path} to {commit}:\n{switched.stderr.strip()}",
+                "move the files that it names away, then run the same command again",
+            )
+        self.record.unlink()
+
+    def _finish_interrupted(self) -> None:
+        """A run was killed in here: drop its locks, and bring files it half wrote to their new state."""
+        move = msgspec.json.decode(self.record.read_bytes(), type=_Move)
+        if not (self.path / ".git" / "HEAD").exists() and not (self.path / ".git").is_file():
+            self._git("init", "--quiet")
+        for lock in self._git_dir().glob("*.lock"):
+            lock.unlink()  # nobody else is at work here: this run holds the home
+        here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
+        if self._has(move.goes_to) and (not here or self._local_changes()):
+            if move.came_from:
+                moved = set(self._git("diff", "--name-only", "-z", move.came_from, move.goes_to).split("\0"))
+                if foreign := [name for name in self._local_changes() if name not in moved]:
+                    raise UsageError(
+                        f"{self.path}: a switch to {move.goes_to} was interrupted, and these files were changed "
+                        f"besides: {', '.join(foreign[:10])}",
+                        "save them elsewhere, `git checkout -- <file>` each, then run the same command again",
+                    )
+            self._git("checkout", "--quiet", "--detach", "--force", move.goes_to)
+        self.record.unlink()
+
+    def _keep(self, here: str) -> None:
+        """A commit of the user's that no branch holds would be lost from sight: name it."""
+        if here and not self._git("for-each-ref", "--count=1", "--contains", here).strip():
+            branch = f"kept-{here[:12]}"
+            self._git("branch", "--force", branch, here)
+            say(f"  {self.path}: the commit {here[:12]} was on no branch; it is now on {branch}")
+
+    def _has(self, commit: str) -> bool:
+        return self._run("cat-file", "-e", f"{commit}^{{tree}}").returncode == 0
+
+    def _fetch(self, commit: str) -> None:
+        """Only this commit where the server gives it by id; else all its branches and tags."""
+        url = self.url()
+        if self._run("remote", "get-url", "origin").returncode:
+            self._git("remote", "add", "origin", url)
+        say(f"  fetching {commit[:12]} from {url}")
+        one = self._download("--depth", "1", url, commit)
+        if one.returncode == 0 and self._has(commit):
+            return
+        if one.stalled:
+            raise self._unreachable(url, one)
+        self._check_whole()
+        say("  that commit alone was not given: trying all branches and tags")
+        shallow = ["--unshallow"] if (self._git_dir() / "shallow").exists() else []
+        refs = ["+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*"]
+        everything = self._download(*shallow, url, *refs)
+        if everything.returncode and shallow:
+            everything = self._download(url, *refs)
+        if everything.returncode:
+            raise self._unreachable(url, everything)
+        if not self._has(commit):
+            raise UsageError(
+                f"{url} has no commit {commit}",
+                "check KOHYA_COMMIT and KOHYA_REPO_URL: is it in that repository?",
+            )
+
+    def _download(self, *arguments: str) -> Finished:
+        # A submodule's address comes from the repository, not from the user: git's own
+        # protocol.*.allow rules for such addresses apply (GIT_PROTOCOL_FROM_USER).
+        theirs = {"GIT_PROTOCOL_FROM_USER": "0"} if self.is_submodule else {}
+        return stream(
+            ["git", "-C", self.path, "-c", "gc.auto=0", "fetch", "--progress", "--no-tags", *arguments],
+            env=_environment(self.path) | theirs,
+            stall_seconds=self.stall_seconds,
+        )
+
+    def _unreachable(self, url: str, finished: Finished) -> StepFailed:
+        reason = (
+            f"it sent nothing for {self.stall_seconds:g} seconds" if finished.stalled else finished.last_line
+        )
+        return StepFailed(
+            f"{url} cannot be fetched: {reason}",
+            "check the network, or name a mirror or a local copy with KOHYA_REPO_URL "
+            "(submodules: git config url.<base>.insteadOf)",
+        )
+
+    def _start_over(self, reason: str, commit: str) -> None:
+        """A damaged repository is set aside, never deleted: it may hold the user's commits.
+
+        The files stay; the new repository stands at the commit they came from, as far as
+        that can still be read, so that what the user changed shows as changed.
+        """
+        git = self.path / ".git"
+        aside = _first_free(self.path, ".git.damaged")
+        say(
+            f"  {self.path}: its repository is damaged ({reason}); it is kept as {aside.name}, a new one is made"
+        )
+        came_from = _read_head(git)
+        git.rename(aside)
+        write(self.record, msgspec.json.encode(_Move("", "")))
+        self._git("init", "--quiet")
+        self._exclude("/.git.damaged*")
+        try:
+            self._fetch(came_from or commit)
+        except KohyaError:
+            if not came_from:
+                raise
+            came_from = ""
+            self._fetch(commit)
+        self._git("update-ref", "--no-deref", "HEAD", came_from or commit)
+        self._git("reset", "--quiet")
+        self.record.unlink()
+
+    def _local_changes(self) -> list[str]:
+        try:
+            return local_changes(self.path)
+        except StepFailed:
+            self._check_whole()
+            raise
+
+    def _git_dir(self) -> Path:
+        return Path(self._git("rev-parse", "--absolute-git-dir").strip())
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return capture(["git", "-C", self.path, *arguments], env=_environment(self.path))
+
+    def _git(self, *arguments: str) -> str:
+        done = self._run(*arguments)
+        if done.returncode:
+            self._check_whole()
+            raise StepFailed(f"git {arguments[0]} failed in {self.path}: {done.stderr.strip()}")
+        return done.stdout
+
+    def _check_whole(self) -> None:
+        """After git failed: was it because its repository is damaged?
+
+        Raises:
+            _Damaged: git's own check says so.
+        """
+        checked = self._run("fsck", "--full", "--no-dangling", "--no-progress")
+        if checked.returncode and "dubious ownership" not in checked.stderr:
+            words = (checked.stderr + checked.stdout).strip().splitlines()
+            raise _Damaged(words[0] if words else "git fsck failed")
+
+
+def _read_head(git: Path) -> str:
+    """The commit that a repository stood at, read without git; empty when that cannot be told."""
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if head.startswith("ref: "):
+            head = (git / head.removeprefix("ref: ")).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
+
+
+def _environment(path: Path) -> dict[str, str]:
+    """Git asks for no password in the middle of a set-up, answers in the language that is
+    read here, and never takes a repository further up for the one in ``path``."""
+    above = str(path.resolve().parent)
+    return scrubbed(extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", "GIT_CEILING_DIRECTORIES": above})
+
+
+def _git(path: Path, *arguments: str) -> str:
+    done = capture(["git", "-C", path, *arguments], env=_environment(path))
+    if done.returncode:
+        raise StepFailed(f"git {arguments[0]} failed in {path}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _first_free(directory: Path, name: str) -> Path:
+    names = [name, *(f"{name}.{n}" for n in range(2, 1000))]
+    return next(directory / n for n in names if not os.path.lexists(directory / n))

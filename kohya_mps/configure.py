@@ -1,0 +1,163 @@
+"""The accelerate configuration: written by accelerate's helper, corrected, read back, checked.
+
+It lies beside the environment, and every launch names it. accelerate's default location
+gets a copy while nobody else's file is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+from . import launch
+from .errors import StepFailed, UsageError
+from .generations import Generation
+from .home import write
+from .report import Check, Report, Status
+from .settings import PROBES, Settings, expected_device
+
+_MARK = "# Written by kohya-mps; it is replaced only while this digest fits: "
+BACKUP_SUFFIX = ".before-kohya-mps"
+
+
+def fields(settings: Settings) -> dict[str, object]:
+    """Every field that decides how a training is launched: one process on one machine's device."""
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "NO",
+        "downcast_bf16": "no",
+        "enable_cpu_affinity": False,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": settings.mixed_precision,
+        "num_machines": 1,
+        "num_processes": 1,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "tpu_use_cluster": False,
+        "tpu_use_sudo": False,
+        # True would keep accelerate on the CPU without a word.
+        "use_cpu": False,
+    }
+
+
+def check_precision(settings: Settings) -> None:
+    """Refuse a mixed precision that this device cannot train with.
+
+    Raises:
+        UsageError: with the reason and what the profile allows.
+    """
+    device = expected_device()
+    allowed = settings.profile.mixed_precision.get(device, ("no",))
+    if settings.mixed_precision not in allowed:
+        raise UsageError(
+            f"mixed_precision: {settings.mixed_precision!r} does not work on {device} with the profile "
+            f"{settings.profile_name} ({settings.profile.summary})",
+            f"accepted: {', '.join(allowed)} (config/settings.yaml: mixed_precision, or --mixed-precision)",
+        )
+
+
+def configure(settings: Settings, generation: Generation, *, replace_default: bool = False) -> Report:
+    """Write and check the configuration of a generation, and the default one where it is ours to write.
+
+    Args:
+        settings: the mixed precision, and the profile that limits it.
+        generation: whose environment and configuration it is.
+        replace_default: back up somebody else's default configuration and replace it.
+    """
+    check_precision(settings)
+    wanted = fields(settings)
+    target = generation.accelerate_config
+    if is_current(target, wanted):
+        own = Check("accelerate configuration", Status.PASS, f"{target} is in place")
+    else:
+        try:
+            read_back = json.loads(
+                launch.probe(generation, PROBES / "accelerate_config.py", str(target), json.dumps(wanted))
+            )
+        except launch.ProbeFailed as error:
+            raise StepFailed(
+                f"accelerate could not write its configuration: {error}",
+                "`invoke setup` repairs the environment",
+            ) from error
+        wrong = [
+            f"{key} is {read_back.get(key)!r}, not {value!r}"
+            for key, value in wanted.items()
+            if _unlike(read_back.get(key), value)
+        ]
+        if wrong:
+            raise StepFailed(f"accelerate reads {target} differently than it was written: {'; '.join(wrong)}")
+        own = Check(
+            "accelerate configuration",
+            Status.PASS,
+            f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}",
+        )
+    default = default_location()
+    checks = (own, _default(default, target, replace_default))
+    return Report(
+        "accelerate configuration", checks, {"config_file": str(target), "default_config": str(default)}
+    )
+
+
+def is_current(path: Path, wanted: dict[str, object]) -> bool:
+    """Whether a configuration says what is wanted, field by field."""
+    try:
+        present = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(present, dict) and all(
+        key in present and present[key] == value for key, value in wanted.items()
+    )
+
+
+def default_location() -> Path:
+    """Where accelerate looks when no file is named (accelerate 1.3.0, config_args.py, lines 31 to 43)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = os.environ.get("HF_HOME") or str(Path(cache) / "huggingface")
+    return Path(hub).expanduser() / "accelerate" / "default_config.yaml"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this project wrote a default configuration and nobody edited it since."""
+    try:
+        head, _, body = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return head == _MARK + hashlib.sha256(body.encode()).hexdigest()
+
+
+def _default(path: Path, own: Path, replace: bool) -> Check:
+    name = "accelerate default"
+    body = own.read_text(encoding="utf-8")
+    content = f"{_MARK}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+    note = ""
+    if os.path.lexists(path) and not is_ours(path):
+        if not replace:
+            found = "is a directory" if path.is_dir() else "was written by something else"
+            return Check(
+                name, Status.WARN, f"{path} {found} and is left alone; only launches by other tools read it",
+                "`invoke configure --replace-default` backs it up and replaces it",
+            )  # fmt: skip
+        backup = path.with_name(path.name + BACKUP_SUFFIX)
+        if os.path.lexists(backup):
+            raise UsageError(f"{backup} exists already and would be overwritten", "move it away first")
+        path.rename(backup)
+        note = f"; the one that was there is {backup.name}"
+    try:
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            write(path, content.encode())
+    except OSError as error:
+        return Check(
+            name, Status.WARN, f"{path} cannot be written ({error.strerror}); our launches do not need it"
+        )
+    return Check(name, Status.PASS, f"{path}{note}")
+
+
+def _unlike(found: object, wanted: object) -> bool:
+    # accelerate turns some of its fields into enumerations of its own.
+    return str(found).upper().rpartition(".")[2] != str(wanted).upper()

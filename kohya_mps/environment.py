@@ -1,0 +1,214 @@
+"""The environment: Python 3.11 and exactly the packages of a lock, checked by their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+
+from . import constraints, generations, inventory, sources
+from .errors import StepFailed, UsageError
+from .generations import Generation, Manifest
+from .home import Home
+from .process import capture, scrubbed, stream, uv
+from .report import say
+from .settings import ROOT, Profile, Settings, on_mac
+
+
+class Interpreter(msgspec.Struct, frozen=True):
+    """A Python that environments are made from."""
+
+    path: str
+    version: str
+    machine: str
+
+
+def build(settings: Settings) -> tuple[Generation, bool]:
+    """Bring about a complete generation of the profile's lock, beside the active one.
+
+    A complete, undamaged one of the same lock is taken as it is. The new one is not made
+    active; :func:`kohya_mps.generations.activate` does that.
+
+    Returns:
+        The generation, and whether it had to be built.
+
+    Raises:
+        UsageError: no fitting Python, too little disk, an unreadable lock.
+        StepFailed: uv could not install the lock.
+    """
+    home = Home(settings.home)
+    lock = constraints.read(settings.profile.lock_file)
+    usable, drifted = _usable(home, settings, lock)
+    if usable:
+        return usable, False
+    names = [difference.name for difference in drifted[1]] if drifted else []
+    if drifted:
+        say(f"  {drifted[0].name} was changed since it was built ({', '.join(names[:5])}): building it anew")
+        if edited := inventory.damaged(drifted[0].venv, names):
+            # uv links files out of its cache: what was edited here was edited there.
+            capture([uv(), "cache", "clean", *edited])
+    interpreter = find_python(settings.profile)
+    if not drifted:
+        check_disk(home, settings.profile)
+    generation = _fresh(home, settings, lock, interpreter)
+    try:
+        install(generation.venv, interpreter.path, lock)
+        started = time.monotonic()
+        took = inventory.take(generation.venv)
+        generation.complete(
+            Manifest(
+                profile=settings.profile_name,
+                lock=lock.digest,
+                python=interpreter.version,
+                interpreter=interpreter.path,
+                inventory=took,
+                seconds=time.monotonic() - started,
+            )
+        )
+    except BaseException:
+        shutil.rmtree(generation.path, ignore_errors=True)
+        raise
+    return generation, True
+
+
+def install(venv: Path, python: str, lock: constraints.Lock) -> None:
+    """Make a new environment at ``venv`` and install the lock into it with uv.
+
+    No version is resolved and nothing is built from source. Files come as links or clones
+    from uv's cache, so a second environment costs next to no disk.
+    """
+    make = capture(
+        [uv(), "venv", "--quiet", "--no-project", "--prompt", "kohya_ss", "--python", python, venv], cwd=ROOT
+    )
+    if make.returncode:
+        raise StepFailed(f"uv cannot make an environment in {venv}: {make.stderr.strip()}")
+    sync(venv, lock)
+    wanted = lock.versions(constraints.here(on_mac()))
+    if wrong := compare(wanted, inventory.versions(venv)):
+        raise StepFailed(f"the environment does not hold what the lock says: {'; '.join(wrong[:5])}")
+    if damaged := inventory.wrong_sizes(venv):
+        say(f"  files of {', '.join(damaged)} are damaged in uv's cache: fetching them again")
+        capture([uv(), "cache", "clean", *damaged])
+        sync(venv, lock, reinstall=tuple(damaged))
+
+
+def sync(venv: Path, lock: constraints.Lock, reinstall: tuple[str, ...] = ()) -> None:
+    """Install exactly the lock's packages with ``uv pip sync``, digests checked."""
+    command: list[str | Path] = [uv(), "pip", "sync", "--python", venv / "bin" / "python", "--require-hashes"]
+    command += ["--only-binary", ":all:", *(f"--reinstall-package={name}" for name in reinstall), lock.path]
+    # Not in the checkout: its pyproject.toml would configure uv.
+    done = stream(command, cwd=ROOT, env=scrubbed(extra=sources.for_uv()))
+    if done.returncode == 0:
+        return
+    if "Hash mismatch" in done.tail:
+        raise StepFailed(
+            f"a package does not have the hash that {lock.path.name} says (uv's message is above)",
+            f"`git diff {lock.path.name}` shows whether the lock was changed; "
+            "if it was not, the index or mirror serves something else",
+        )
+    if "No space left" in done.tail:
+        raise StepFailed(
+            f"the disk is full: {done.last_line}", "free some space, then run the same command again"
+        )
+    raise StepFailed(
+        f"uv could not install {lock.path.name}: {done.last_line}",
+        "check the network and the disk; the same command goes on from what is downloaded",
+    )
+
+
+def compare(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
+    """How an environment's versions differ from the lock's, one line each."""
+    lines = [
+        f"{name} {version} is {found.get(name, 'missing')}"
+        for name, version in sorted(wanted.items())
+        if found.get(name) != version
+    ]
+    return lines + [
+        f"{name} {found[name]} is not in the lock" for name in sorted(found.keys() - wanted.keys())
+    ]
+
+
+def find_python(profile: Profile) -> Interpreter:
+    """A Python of the profile's version, native to this machine; uv downloads one if there is none.
+
+    Raises:
+        UsageError: none can be had, or this is a Mac and it is not native.
+    """
+    request = f"cpython-{profile.python}-macos-aarch64-none" if on_mac() else profile.python
+    found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
+    if found.returncode:
+        say(f"  no Python {profile.python} here: uv fetches one")
+        stream([uv(), "python", "install", "--no-bin", request], cwd=ROOT)
+        found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
+    if found.returncode:
+        how = "`brew install python@3.11`" if on_mac() else "your system's package manager"
+        raise UsageError(
+            f"Python {profile.python} was not found, and uv could not download one "
+            f"(the trainer's packages exist for {profile.python} only; this is {platform.python_version()})",
+            f"install it with {how}, or get online and run the same command again",
+        )
+    path = os.path.realpath(found.stdout.strip())
+    ask = "import platform; print(platform.python_version(), platform.machine())"
+    answer = capture([path, "-I", "-c", ask])
+    if answer.returncode:
+        raise UsageError(
+            f"{path} does not run: {answer.stderr.strip()}", f"install Python {profile.python} again"
+        )
+    version, machine = answer.stdout.split()
+    return Interpreter(path, version, machine)
+
+
+def check_disk(home: Home, profile: Profile) -> None:
+    """Refuse to begin what cannot end well.
+
+    Raises:
+        UsageError: less free disk than the profile says a first installation needs.
+    """
+    place = home.root
+    while not place.exists():
+        place = place.parent
+    needed = profile.disk_gb["darwin" if on_mac() else "linux"]
+    free = shutil.disk_usage(place).free / 1e9
+    if free < needed:
+        raise UsageError(
+            f"{place} has {free:.1f} GB of free disk; the environment and its downloads need {needed:g} GB",
+            "free some space, or choose another disk with KOHYA_HOME",
+        )
+
+
+def _usable(
+    home: Home, settings: Settings, lock: constraints.Lock
+) -> tuple[Generation | None, tuple[Generation, list[inventory.Difference]] | None]:
+    """A complete generation of this lock that is as it was built; else the first changed one."""
+    drifted = None
+    for generation in generations.present(home):
+        manifest = generation.manifest()
+        if manifest is None or manifest.lock != lock.digest or manifest.profile != settings.profile_name:
+            continue
+        differences = inventory.differences(manifest.inventory, inventory.take(generation.venv))
+        if not differences and generation.python.exists():
+            return generation, None
+        drifted = drifted or (generation, differences)
+    return None, drifted
+
+
+def _fresh(home: Home, settings: Settings, lock: constraints.Lock, interpreter: Interpreter) -> Generation:
+    """An unused directory, named after what goes into it; an interrupted build in it is removed."""
+    what = "\0".join(
+        (lock.digest, settings.profile_name, interpreter.path, interpreter.version, platform.machine())
+    )
+    name = f"{settings.profile_name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    number = 1
+    while True:
+        generation = Generation(home.generations / (name if number == 1 else f"{name}-{number}"))
+        if generation.path.exists() and generation.manifest() is None:
+            generations.discard(generation)
+        if not generation.path.exists():
+            generation.path.mkdir(parents=True)
+            return generation
+        number += 1

@@ -1,0 +1,75 @@
+"""What both front ends share: print a step's report, turn its outcome into an exit code."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from .errors import FAILED, INTERRUPTED, KohyaError, StepFailed
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+def run(step: Callable[[], Report | None], *, json: bool = False) -> None:
+    """Run ``step`` and print its report.
+
+    Raises:
+        SystemExit: with the documented exit code, when the report is not good, when the
+            step raised an error that a person can mend, or when it was interrupted.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        report = step()
+    except KeyboardInterrupt:
+        print("\nInterrupted. Nothing is broken: the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except KohyaError as error:
+        _tell(error, json)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        mendable = _mendable(error)
+        if mendable is None:
+            raise
+        _tell(mendable, json)
+        raise SystemExit(mendable.exit_code) from None
+    if report is None:
+        return
+    from .report import show, to_json
+
+    if json:
+        print(to_json(report))
+    else:
+        show(report)
+    if not report.ok:
+        raise SystemExit(FAILED)
+
+
+def _terminated(_signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _mendable(error: OSError) -> KohyaError | None:
+    """The disk and its permissions are the user's to mend; any other OSError is a bug."""
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StepFailed(f"The disk is full{where}", "free some space, then run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StepFailed(
+            f"No permission to write{where} ({error.strerror})",
+            "make it writable for you, or choose another place with KOHYA_HOME",
+        )
+    return None
+
+
+def _tell(error: KohyaError, json: bool) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    if json:
+        from .report import Check, Report, Status, to_json
+
+        check = Check("error", Status.FAIL, error.what, error.fix)
+        print(to_json(Report("", (check,))))

@@ -1,0 +1,172 @@
+"""One installation: where its parts lie, and the lock that one run at a time holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from .errors import Busy, UsageError
+from .process import RUN_MARK, end_leftovers
+
+STATE = ".kohya-mps"
+
+
+class Home(msgspec.Struct, frozen=True):
+    """The places of an installation, all below ``root`` (``KOHYA_HOME``)."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        """Everything of ours that is not the checkout and not the link to the environment."""
+        return self.root / STATE
+
+    @property
+    def venv(self) -> Path:
+        """The link to the active environment."""
+        return self.root / "venv"
+
+    @property
+    def generations(self) -> Path:
+        """The built environments, each in a directory of its own."""
+        return self.state / "generations"
+
+    @property
+    def verification(self) -> Path:
+        """The generated models and images that the training step trains on, and its runs."""
+        return self.state / "verification"
+
+    @property
+    def sd_scripts(self) -> Path:
+        """The submodule with the trainers."""
+        return self.root / "sd-scripts"
+
+
+class _Holder(msgspec.Struct, frozen=True):
+    pid: int
+    mark: str
+
+
+def check_place(home: Home) -> None:
+    """Refuse a place that an installation cannot, or must not, be put in.
+
+    Raises:
+        UsageError: it is a file, belongs to something else, cannot be written, or is a
+            place where another user could swap the programs that we would then run.
+    """
+    root = home.root
+    choose = "choose another place with KOHYA_HOME"
+    if os.path.lexists(root) and not root.is_dir():
+        raise UsageError(f"{root} is not a directory", choose)
+    if root.is_dir():
+        strangers = sorted({entry.name for entry in root.iterdir()} - {STATE, "venv", ".DS_Store"})
+        if strangers and not (root / ".git").exists():
+            listed = ", ".join(strangers[:5]) + (", …" if len(strangers) > 5 else "")
+            raise UsageError(f"{root} is not empty and is no kohya_ss checkout: it holds {listed}", choose)
+    existing = root
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"{existing} is not a directory, so {root} cannot be made", choose)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{existing} is not writable for you, so {root} cannot be used", choose)
+    for place in (home.state, root, *root.parents):
+        if place.exists() and (reason := _shared_with_others(place)):
+            raise UsageError(
+                f"{place} {reason}: another user could replace the programs that run from {root}",
+                f"`chmod go-w {place}`, or {choose}",
+            )
+
+
+def _shared_with_others(place: Path) -> str:
+    mode = place.stat()
+    if mode.st_mode & stat.S_ISVTX:
+        return ""
+    if mode.st_mode & stat.S_IWOTH:
+        return "can be written by every user"
+    if mode.st_mode & stat.S_IWGRP and mode.st_gid not in (0, _private_group()):
+        return "can be written by its group"
+    return ""
+
+
+def _private_group() -> int | None:
+    """The group that many systems make for one user alone: as private as the user."""
+    import grp
+
+    user = pwd.getpwuid(os.getuid())
+    try:
+        return user.pw_gid if grp.getgrgid(user.pw_gid).gr_name == user.pw_name else None
+    except KeyError:
+        return None
+
+
+@contextlib.contextmanager
+def held(home: Home) -> Iterator[None]:
+    """Hold the installation; what a killed run left running is ended first.
+
+    Raises:
+        Busy: another run holds it; nothing is waited for.
+    """
+    home.state.mkdir(parents=True, exist_ok=True)
+    record = home.state / "holder.json"
+    lock = FileLock(home.state / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _read_holder(record)
+        who = f"process {holder.pid}" if holder else "another process"
+        raise Busy(
+            f"{home.root} is in use by {who}",
+            f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
+        ) from None
+    try:
+        if left := _read_holder(record):
+            end_leftovers(left.mark)
+        mark = uuid.uuid4().hex
+        os.environ[RUN_MARK] = mark
+        write(record, msgspec.json.encode(_Holder(os.getpid(), mark)))
+        yield
+        record.unlink(missing_ok=True)
+    finally:
+        os.environ.pop(RUN_MARK, None)
+        lock.release()
+
+
+def _read_holder(record: Path) -> _Holder | None:
+    try:
+        return msgspec.json.decode(record.read_bytes(), type=_Holder)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file in one step: readers see the old or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def link(path: Path, target: Path) -> None:
+    """Point the symbolic link ``path`` at ``target`` in one step, relative to its directory."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target, path.parent))
+    new.replace(path)

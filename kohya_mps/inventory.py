@@ -1,0 +1,148 @@
+"""What is installed in an environment, found from its files alone and fast enough for a status.
+
+Each distribution gets a fingerprint of its files' sizes and modification times: reading
+25,000 file sizes takes a tenth of a second, reading five gigabytes does not.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+from packaging.utils import canonicalize_name
+
+
+class Distribution(msgspec.Struct, frozen=True):
+    """One installed distribution: its version and the fingerprint of its files."""
+
+    version: str
+    fingerprint: str
+
+
+class Inventory(msgspec.Struct, frozen=True):
+    """An environment's distributions by canonical name, and what else lies beside them."""
+
+    distributions: dict[str, Distribution]
+    entries: tuple[str, ...]
+    configuration: str
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """One thing that is not as it was built: ``missing``, ``added`` or ``changed``."""
+
+    kind: str
+    name: str
+    detail: str
+
+
+def site_packages(venv: Path) -> Path:
+    """Where the environment's packages lie; the path when there is none, too."""
+    return next(iter(sorted((venv / "lib").glob("python3.*/site-packages"))), venv / "lib" / "site-packages")
+
+
+def versions(venv: Path) -> dict[str, str]:
+    """Distribution names and versions, from the names of the metadata directories."""
+    return {name: version for name, version, _ in _distributions(site_packages(venv))}
+
+
+def take(venv: Path) -> Inventory:
+    """Look at every file of every distribution once."""
+    site = site_packages(venv)
+    found = {
+        name: Distribution(version, _fingerprint(site, info)) for name, version, info in _distributions(site)
+    }
+    entries = sorted(e.name for e in os.scandir(site) if e.name != "__pycache__") if site.is_dir() else []
+    try:
+        configuration = (venv / "pyvenv.cfg").read_text(encoding="utf-8")
+        configuration += str((venv / "bin" / "python").readlink())
+    except (OSError, UnicodeDecodeError):
+        configuration = "missing"
+    return Inventory(found, tuple(entries), hashlib.sha256(configuration.encode()).hexdigest())
+
+
+def differences(built: Inventory, now: Inventory) -> list[Difference]:
+    """What changed since the environment was built, most telling first."""
+    found = []
+    for name, was in sorted(built.distributions.items()):
+        is_now = now.distributions.get(name)
+        if is_now is None:
+            found.append(Difference("missing", name, f"{was.version} was removed"))
+        elif is_now.version != was.version:
+            found.append(Difference("changed", name, f"{was.version} was replaced by {is_now.version}"))
+        elif is_now.fingerprint != was.fingerprint:
+            found.append(Difference("changed", name, f"files of {was.version} were changed or deleted"))
+    for name in sorted(now.distributions.keys() - built.distributions.keys()):
+        found.append(Difference("added", name, f"{now.distributions[name].version} was installed besides"))
+    # A distribution that came or went brings its own entries; it is named already.
+    if not any(d.kind != "changed" or "replaced" in d.detail for d in found):
+        strange = sorted(set(now.entries) - set(built.entries))
+        found += [
+            Difference("added", name, "lies in site-packages and belongs to no package") for name in strange
+        ]
+    if now.configuration != built.configuration:
+        found.append(Difference("changed", "interpreter", "pyvenv.cfg or bin/python was changed"))
+    return found
+
+
+def damaged(venv: Path, names: Iterable[str]) -> list[str]:
+    """Which of these distributions have a file whose content is not what their wheel had."""
+    site = site_packages(venv)
+    wanted = set(names)
+    return [
+        name
+        for name, _, info in _distributions(site)
+        if name in wanted and any(_differs(site / path, digest) for path, digest, _ in _record(info))
+    ]
+
+
+def _differs(path: Path, digest: str) -> bool:
+    if not digest.startswith("sha256=") or not path.is_file():
+        return False
+    content = hashlib.sha256(path.read_bytes()).digest()
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode() != digest.removeprefix("sha256=")
+
+
+def wrong_sizes(venv: Path) -> dict[str, list[Path]]:
+    """By distribution, the files that are missing or have another size than their wheel says."""
+    site = site_packages(venv)
+    wrong: dict[str, list[Path]] = {}
+    for name, _, info in _distributions(site):
+        for path, _, size in _record(info):
+            try:
+                is_size = os.stat(os.path.join(site, path)).st_size  # noqa: PTH116, PTH118 -- 25,000 times
+            except OSError:
+                is_size = -1
+            if is_size < 0 or (size and is_size != int(size)):
+                wrong.setdefault(name, []).append(site / path)
+    return wrong
+
+
+def _distributions(site: Path) -> Iterator[tuple[str, str, Path]]:
+    for info in sorted(site.glob("*.dist-info")):
+        name, _, version = info.name.removesuffix(".dist-info").partition("-")
+        yield canonicalize_name(name), version, info
+
+
+def _record(info: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        with (info / "RECORD").open(newline="", encoding="utf-8") as file:
+            yield from ((row[0], row[1], row[2]) for row in csv.reader(file) if len(row) == 3)
+    except OSError:
+        return
+
+
+def _fingerprint(site: Path, info: Path) -> str:
+    digest = hashlib.sha256()
+    root = os.fspath(site) + os.sep
+    for path, _, _ in _record(info):
+        try:
+            stat = os.stat(root + path)  # noqa: PTH116 -- 25,000 times
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{path}\0missing\n".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""Scripts that run under the trainer's interpreter and import only what the locks install."""

@@ -1,0 +1,221 @@
+"""Settings: ``config/`` validated on load, overridden by ``KOHYA_*``, overridden by flags."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from .errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config"
+CONSTRAINTS = ROOT / "constraints"
+PROBES = Path(__file__).resolve().parent / "probes"
+
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class CheckoutSettings(_Strict, frozen=True):
+    """Where the checkout comes from, which commit it is, and where it goes."""
+
+    url: str
+    commit: str
+    home: str
+
+
+class _File(_Strict, frozen=True):
+    checkout: CheckoutSettings
+    profile: str
+    generations_kept: int
+    mixed_precision: str
+    network_stall_seconds: float
+
+
+class Forbidden(_Strict, frozen=True):
+    """Distributions that must not be in an environment, everywhere and on macOS."""
+
+    any: tuple[str, ...]
+    darwin: tuple[str, ...]
+
+
+class Profile(_Strict, frozen=True):
+    """A named set of pins and the rules that hold for it (``config/profiles/NAME.yaml``)."""
+
+    lock: str
+    summary: str
+    python: str
+    macos: str
+    mixed_precision: dict[str, tuple[str, ...]]
+    disk_gb: dict[str, float]
+    forbidden: Forbidden
+
+    @property
+    def lock_file(self) -> Path:
+        """The generated, hashed constraints file."""
+        return CONSTRAINTS / f"{self.lock}.txt"
+
+    def forbidden_here(self) -> tuple[str, ...]:
+        """The forbidden distributions for the operating system we run on."""
+        return self.forbidden.any + (self.forbidden.darwin if on_mac() else ())
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Everything a step needs to know, with every override already applied."""
+
+    home: Path
+    url: str
+    commit: str
+    profile_name: str
+    profile: Profile
+    mixed_precision: str
+    generations_kept: int
+    network_stall_seconds: float
+
+
+def on_mac() -> bool:
+    """Whether this is macOS: there the expected device is MPS and nothing else."""
+    return sys.platform == "darwin"
+
+
+def load(
+    *,
+    url: str | None = None,
+    commit: str | None = None,
+    profile: str | None = None,
+    mixed_precision: str | None = None,
+    config: Path = CONFIG,
+) -> Settings:
+    """Read ``config/`` and apply ``KOHYA_*`` variables and then the flags given here.
+
+    Raises:
+        UsageError: for an unknown key, a wrong type, or a value that cannot be meant; it
+            names the file or variable, the key, what was found and what is accepted.
+    """
+    path = config / "settings.yaml"
+    file = read_yaml(path, _File)
+    chosen, said_by = _override(file.checkout.commit, "KOHYA_COMMIT", commit, f"{path}: checkout.commit")
+    if not _COMMIT.fullmatch(chosen.lower()):
+        raise UsageError(
+            f"{said_by}: {chosen!r} is not a full commit id",
+            "give all 40 hexadecimal digits (`git rev-parse <name>` prints them)",
+        )
+    if file.generations_kept < 1:
+        raise UsageError(f"{path}: generations_kept: found {file.generations_kept}", "accepted: 1 or more")
+    if file.network_stall_seconds <= 0:
+        raise UsageError(
+            f"{path}: network_stall_seconds: found {file.network_stall_seconds}", "accepted: more than 0"
+        )
+    name, said_by = _override(file.profile, "KOHYA_PROFILE", profile, f"{path}: profile")
+    return Settings(
+        home=_home(file.checkout.home),
+        url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, "")[0]),
+        commit=chosen.lower(),
+        profile_name=name,
+        profile=load_profile(name, said_by, config),
+        mixed_precision=mixed_precision or file.mixed_precision,
+        generations_kept=file.generations_kept,
+        network_stall_seconds=file.network_stall_seconds,
+    )
+
+
+def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> Profile:
+    """Read one profile; ``said_by`` names where the choice came from, for the error."""
+    known = profile_names(config)
+    if name not in known:
+        raise UsageError(f"{said_by}: there is no profile {name!r}", f"accepted: {', '.join(known)}")
+    return read_yaml(config / "profiles" / f"{name}.yaml", Profile)
+
+
+def profile_names(config: Path = CONFIG) -> list[str]:
+    """The profiles that exist, in alphabetical order."""
+    return sorted(path.stem for path in (config / "profiles").glob("*.yaml"))
+
+
+def read_yaml(path: Path, kind: type[T]) -> T:
+    """Read a YAML file into ``kind``.
+
+    Raises:
+        UsageError: when it is missing, is not YAML, or does not have that shape.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read: {error.strerror}", f"`git checkout {path.name}` restores it"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {_explain(str(error), data, kind)}") from error
+
+
+def _explain(message: str, data: Any, kind: type[msgspec.Struct]) -> str:
+    """msgspec names the key and the type; add what was found there and what is accepted."""
+    what, _, where = message.partition(" - at `")
+    keys = re.findall(r"[^.$`\[\]]+", where)
+    found, inside = data, kind
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+        field = next((f for f in msgspec.structs.fields(inside) if f.encode_name == key), None)
+        if field is not None and isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            inside = field.type
+    accepted = ", ".join(field.encode_name for field in msgspec.structs.fields(inside))
+    place = ".".join(keys)
+    if "unknown field" in what or "missing required field" in what:
+        return f"{place + ': ' if place else ''}{what[0].lower() + what[1:]}; accepted keys: {accepted}"
+    return f"{place or 'the file'}: {what[0].lower() + what[1:]}; found {found!r}"
+
+
+def _override(from_file: str, variable: str, flag: str | None, file_says: str) -> tuple[str, str]:
+    if flag:
+        return flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
+    if os.environ.get(variable):
+        return os.environ[variable], variable
+    return from_file, file_says
+
+
+def _url(value: str) -> str:
+    if value.startswith("-"):
+        raise UsageError(f"KOHYA_REPO_URL: {value!r} is no address", "give a URL or a path")
+    path = Path(value).expanduser()
+    return os.path.abspath(path) if path.exists() else value
+
+
+def _home(from_file: str) -> Path:
+    value, _ = _override(from_file, "KOHYA_HOME", None, "")
+    if any(ord(c) < 32 for c in value):
+        raise UsageError(f"KOHYA_HOME: {value!r} has a control character", "choose a path without one")
+    try:
+        return Path(os.path.abspath(Path(value).expanduser()))
+    except RuntimeError as error:
+        raise UsageError(f"KOHYA_HOME: {value!r}: {error}", "write the path in full") from error
+
+
+def machine() -> str:
+    """The architecture of the running interpreter, as the wheel tags name it."""
+    return platform.machine()
+
+
+def expected_device() -> str:
+    """The device that training has to run on here: ``mps``, ``cuda`` or ``cpu``.
+
+    On a Mac nothing but MPS will do. Elsewhere it is CUDA where NVIDIA's driver is loaded.
+    """
+    if on_mac():
+        return "mps"
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"

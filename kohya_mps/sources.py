@@ -1,0 +1,74 @@
+"""Where packages come from: the user's own pip settings, told to uv.
+
+uv reads its own configuration and ``UV_*`` itself. Many people have configured pip alone,
+for a mirror or a folder of wheels, and expect every installer to follow it.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import platformdirs
+
+# pip's option, uv's variable, and what stands between several values there.
+_OPTIONS = (
+    ("index-url", "UV_DEFAULT_INDEX", " "),
+    ("extra-index-url", "UV_INDEX", " "),
+    ("find-links", "UV_FIND_LINKS", ","),
+    ("trusted-host", "UV_INSECURE_HOST", " "),
+    ("cert", "SSL_CERT_FILE", ""),
+)
+
+
+def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The ``UV_*`` variables that say what pip's configuration says.
+
+    A variable that the user set for uv wins over pip's. Every package is checked against
+    the lock's digests, so an extra index cannot bring in anything else.
+    """
+    source = os.environ if environ is None else environ
+    settings = dict(_from_files(source))
+    for option, _, _ in _OPTIONS:
+        if value := source.get("PIP_" + option.upper().replace("-", "_")):
+            settings[option] = value
+    told: dict[str, str] = {}
+    for option, variable, separator in _OPTIONS:
+        values = settings.get(option, "").split() if separator else [settings.get(option, "")]
+        if any(values) and variable not in source:
+            told[variable] = separator.join(values)
+    if "UV_INDEX" in told and "UV_INDEX_STRATEGY" not in source:
+        # pip looks in every index; uv would stop at the first that knows the name.
+        told["UV_INDEX_STRATEGY"] = "unsafe-best-match"
+    return told
+
+
+def _from_files(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Settings of the [global] and [install] sections, in pip's order: the last one wins."""
+    for path in _files(environ):
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):
+            continue  # pip itself will say so; what we install does not depend on it
+        for section in ("global", "install"):
+            if parser.has_section(section):
+                yield from ((key.replace("_", "-"), value) for key, value in parser.items(section))
+
+
+def _files(environ: Mapping[str, str]) -> list[Path]:
+    chosen = environ.get("PIP_CONFIG_FILE")
+    if chosen == os.devnull:
+        return []
+    machine = [Path("/etc/pip.conf"), *(Path(p) / "pip.conf" for p in _site_directories())]
+    user = [Path.home() / ".pip" / "pip.conf", Path.home() / ".config" / "pip" / "pip.conf"]
+    user.append(Path(platformdirs.user_config_dir("pip", appauthor=False)) / "pip.conf")
+    own = [Path(sys.prefix) / "pip.conf"]
+    return [*machine, *user, *own, *([Path(chosen)] if chosen else [])]
+
+
+def _site_directories() -> list[str]:
+    return platformdirs.site_config_dir("pip", appauthor=False, multipath=True).split(os.pathsep)
