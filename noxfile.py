@@ -39,9 +39,9 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def venv(session: nox.Session) -> None:
     """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
-    from kohya_mps import install
+    from kohya_mps import environment
 
-    front.run(lambda: install.build_environment(settings.load()))
+    front.run(lambda: environment.renew(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
@@ -67,3 +67,10 @@ def lock(session: nox.Session) -> None:
 
     for name in session.posargs or constraints.names():
         constraints.make(name)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.bench", *session.posargs)
