@@ -7,8 +7,10 @@ files that differ between the two are ever taken for leftovers of an interrupted
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from .settings import Settings
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
+_REPAIRED = ".git.repaired"
 MADE_HERE = "checkout-made-here"
 
 
@@ -156,6 +159,7 @@ class _Tree:
 
     def __init__(self, home: Home, path: Path, settings: Settings, url: Callable[[], str]) -> None:
         self.path = path
+        self.repository: Path | None = None  # where git finds it by itself
         self.stall_seconds = settings.network_stall_seconds
         self.url = url
         self.is_submodule = path == home.sd_scripts
@@ -163,8 +167,14 @@ class _Tree:
         self.record = home.state / f"moving-{path.name if self.is_submodule else 'kohya_ss'}.json"
 
     def bring(self, commit: str, stash: bool) -> None:
+        repaired = self.path / _REPAIRED
         if not os.path.lexists(self.path / ".git"):
-            self._begin(commit)
+            if repaired.exists():  # killed between the two renames of a repair
+                repaired.rename(self.path / ".git")
+            else:
+                self._begin(commit)
+        elif repaired.exists():
+            shutil.rmtree(repaired)
         try:
             self._move(commit, stash)
         except _Damaged as reason:
@@ -197,7 +207,7 @@ class _Tree:
     def _move(self, commit: str, stash: bool) -> None:
         if self.record.exists():
             self._finish_interrupted()
-        here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
+        here = self._head()
         changed = self._local_changes() if here else []
         if changed and not stash:
             listed = "\n".join(f"    {name}" for name in changed[:20])
@@ -220,7 +230,7 @@ class _Tree:
         self._git(
             "update-ref", f"{_REF}{commit}", commit
         )  # git's clean-up must not lose it: rollback needs it
-        switched = self._run("checkout", "--quiet", "--detach", *([] if here else ["--force"]), commit)
+        switched = self._run("checkout", "--quiet", "--detach", commit)
         if switched.returncode:
             self.record.unlink()
             self._check_whole()
@@ -235,9 +245,10 @@ class _Tree:
         move = msgspec.json.decode(self.record.read_bytes(), type=_Move)
         if not (self.path / ".git" / "HEAD").exists() and not (self.path / ".git").is_file():
             self._git("init", "--quiet")
-        for lock in self._git_dir().glob("*.lock"):
+        git_dir = self._git_dir()
+        for lock in (*git_dir.glob("*.lock"), *git_dir.glob("refs/**/*.lock")):
             lock.unlink()  # nobody else is at work here: this run holds the home
-        here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
+        here = self._head()
         if self._has(move.goes_to) and (not here or self._local_changes()):
             if move.came_from:
                 moved = set(self._git("diff", "--name-only", "-z", move.came_from, move.goes_to).split("\0"))
@@ -289,10 +300,10 @@ class _Tree:
     def _download(self, *arguments: str) -> Finished:
         # A submodule's address comes from the repository, not from the user: git's own
         # protocol.*.allow rules for such addresses apply (GIT_PROTOCOL_FROM_USER).
-        theirs = {"GIT_PROTOCOL_FROM_USER": "0"} if self.is_submodule else {}
+        theirs = self._environment() | ({"GIT_PROTOCOL_FROM_USER": "0"} if self.is_submodule else {})
         return stream(
             ["git", "-C", self.path, "-c", "gc.auto=0", "fetch", "--progress", "--no-tags", *arguments],
-            env=_environment(self.path) | theirs,
+            env=theirs,
             stall_seconds=self.stall_seconds,
         )
 
@@ -310,28 +321,51 @@ class _Tree:
         """A damaged repository is set aside, never deleted: it may hold the user's commits.
 
         The files stay; the new repository stands at the commit they came from, as far as
-        that can still be read, so that what the user changed shows as changed.
+        that can still be read, so that what the user changed shows as changed. It is made
+        beside the old one and takes its place when it is whole.
         """
-        git = self.path / ".git"
+        git, repaired = self.path / ".git", self.path / _REPAIRED
         aside = _first_free(self.path, ".git.damaged")
         say(
             f"  {self.path}: its repository is damaged ({reason}); it is kept as {aside.name}, a new one is made"
         )
+        shutil.rmtree(repaired, ignore_errors=True)
+        # Bare, so that no path of the working tree is written into its configuration.
+        self._git("init", "--quiet", "--bare", str(repaired))
+        new = copy.copy(self)
+        new.repository = repaired
+        new._git("config", "core.bare", "false")
+        new._exclude("/.git.damaged*")
         came_from = _read_head(git)
-        git.rename(aside)
-        write(self.record, msgspec.json.encode(_Move("", "")))
-        self._git("init", "--quiet")
-        self._exclude("/.git.damaged*")
         try:
-            self._fetch(came_from or commit)
+            new._fetch(came_from or commit)
         except KohyaError:
             if not came_from:
                 raise
             came_from = ""
-            self._fetch(commit)
-        self._git("update-ref", "--no-deref", "HEAD", came_from or commit)
-        self._git("reset", "--quiet")
-        self.record.unlink()
+            new._fetch(commit)
+        new._git("update-ref", "--no-deref", "HEAD", came_from or commit)
+        new._git("reset", "--quiet")
+        # A record that is there already says whose the files are: of a switch that was interrupted, too.
+        interrupted = self.record.exists()
+        if not interrupted:
+            write(self.record, msgspec.json.encode(_Move("", "")))
+        git.rename(aside)
+        repaired.rename(git)
+        if not interrupted:
+            self.record.unlink()
+
+    def _head(self) -> str:
+        """The commit that stands here; empty where none was ever checked out.
+
+        Raises:
+            _Damaged: HEAD names something that cannot be read. Taken for an empty repository, it
+                would let the files of the new commit be written over the user's.
+        """
+        head = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+        if head.returncode:
+            self._check_whole()
+        return head.stdout.strip()
 
     def _local_changes(self) -> list[str]:
         try:
@@ -344,7 +378,12 @@ class _Tree:
         return Path(self._git("rev-parse", "--absolute-git-dir").strip())
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return capture(["git", "-C", self.path, *arguments], env=_environment(self.path))
+        return capture(["git", "-C", self.path, *arguments], env=self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        if self.repository is None:
+            return _environment(self.path)
+        return _environment(self.path) | {"GIT_DIR": str(self.repository), "GIT_WORK_TREE": str(self.path)}
 
     def _git(self, *arguments: str) -> str:
         done = self._run(*arguments)
