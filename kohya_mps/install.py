@@ -338,10 +338,12 @@ def _conclude(
         "config_file": str(generation.accelerate_config) if generation else None,
     }
     report = Report(f"Setup of {home.root}", tuple(steps.checks), extra)
-    return msgspec.structs.replace(report, summary=_next(report, home, trained))
+    return msgspec.structs.replace(report, summary=_next(report, home, trained, generation))
 
 
-def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...]:
+def _next(
+    report: Report, home: Home, trained: Verdict | None, generation: Generation | None
+) -> tuple[str, ...]:
     """What to type next."""
     if not report.ok:
         return (
@@ -350,10 +352,15 @@ def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...
         )
     if trained is None:
         return ("", "Installed, not verified. `invoke verify` runs the smoke check and a training step.")
+    config = generation.accelerate_config if generation else ""
     who = "kohya's trainer" if trained.kohya_trainer_ran else "the built-in step"
     return (
         "",
         f"LoRA training works here: {who} trained on {trained.device}.",
-        "Train with your own settings:  invoke train FILE.toml",
-        f"The environment's Python:      {home.venv / 'bin' / 'python'}",
+        "",
+        f"checkout       {home.root}",
+        f"environment    {home.venv}",
+        f"configuration  {config}",
+        "next           invoke train FILE.toml    (your own settings)",
+        "               invoke status             (is everything still as it was installed?)",
     )
