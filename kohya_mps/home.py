@@ -124,7 +124,8 @@ def held(home: Home) -> Iterator[None]:
     record = home.state / "holder.json"
     lock = FileLock(home.state / "lock")
     try:
-        lock.acquire(timeout=0)
+        # Not zero: `invoke status` takes it for a moment to see whether somebody has it.
+        lock.acquire(timeout=0.1, poll_interval=0.02)
     except Timeout:
         holder = _present_holder(record)
         who = f"process {holder.pid}" if holder else "another process"
@@ -156,7 +157,9 @@ def running(home: Home) -> int | None:
     lock = FileLock(home.state / "lock")
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except OSError as error:
+        if not isinstance(error, Timeout):  # a home that cannot be written has nobody at work in it
+            return None
         holder = _present_holder(home.state / "holder.json")
         return holder.pid if holder else 0
     lock.release()
