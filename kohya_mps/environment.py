@@ -123,7 +123,8 @@ def install(venv: Path, python: str, lock: constraints.Lock) -> None:
 def sync(venv: Path, lock: constraints.Lock, reinstall: tuple[str, ...] = ()) -> None:
     """Install exactly the lock's packages with ``uv pip sync``, digests checked."""
     command: list[str | Path] = [uv(), "pip", "sync", "--python", venv / "bin" / "python", "--require-hashes"]
-    command += ["--only-binary", ":all:", *(f"--reinstall-package={name}" for name in reinstall), lock.path]
+    command += ["--only-binary", ":all:", *(f"--reinstall-package={name}" for name in reinstall)]
+    command += [*(["--no-index"] if sources.no_index() else []), lock.path]
     # Not in the checkout: its pyproject.toml would configure uv.
     done = stream(command, cwd=ROOT, env=scrubbed(extra=sources.for_uv()))
     if done.returncode == 0:

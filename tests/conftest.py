@@ -52,7 +52,9 @@ def isolated_machine(
     if any(request.node.get_closest_marker(name) for name in ("environment", "upstream")):
         return
     for name in list(os.environ):
-        if name.startswith(("KOHYA_", "PIP_", "UV_", "GIT_", "HF_", "XDG_", "CONDA", "PYTHON", "VIRTUAL_ENV")):
+        if name.startswith(
+            ("KOHYA_", "PIP_", "UV_", "GIT_", "HF_", "XDG_", "CONDA", "PYTHON", "VIRTUAL_ENV")
+        ):
             monkeypatch.delenv(name)
     user = tmp_path / "user"
     user.mkdir()

@@ -80,7 +80,9 @@ def test_network_certificates_caches_and_sources_are_kept(name: str) -> None:
 
 
 def test_the_active_environment_is_not_on_the_path_and_the_users_site_is_off() -> None:
-    path = os.pathsep.join(["/home/me/venv/bin", "/conda/envs/x/bin", "/conda/envs/x/condabin", "/usr/bin", "/home/me/venv2/bin"])
+    path = os.pathsep.join(
+        ["/home/me/venv/bin", "/conda/envs/x/bin", "/conda/envs/x/condabin", "/usr/bin", "/home/me/venv2/bin"]
+    )
     made = scrubbed({"VIRTUAL_ENV": "/home/me/venv", "CONDA_PREFIX": "/conda/envs/x/", "PATH": path})
     assert made["PATH"] == os.pathsep.join(["/usr/bin", "/home/me/venv2/bin"])
     assert made["PYTHONNOUSERSITE"] == "1"

@@ -72,14 +72,22 @@ def test_an_empty_variable_counts_as_not_set(config: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("generations_kept: 2", "generation_kept: 2", ["generation_kept", "accepted keys", "generations_kept"]),
+        (
+            "generations_kept: 2",
+            "generation_kept: 2",
+            ["generation_kept", "accepted keys", "generations_kept"],
+        ),
         ("  home:", "  hoem:", ["checkout", "hoem", "accepted keys: url, commit, home"]),
         ("generations_kept: 2", "generations_kept: two", ["generations_kept", "int", "found 'two'"]),
         ("generations_kept: 2", "generations_kept: 0", ["generations_kept", "found 0", "1 or more"]),
         ("generations_kept: 2", "", ["generations_kept", "missing"]),
         ('mixed_precision: "no"', "mixed_precision: no", ["mixed_precision", "str", "found False"]),
         ("network_stall_seconds: 60", "network_stall_seconds: -1", ["network_stall_seconds", "more than 0"]),
-        ("network_stall_seconds: 60", "network_stall_seconds: .nan", ["network_stall_seconds", "more than 0"]),
+        (
+            "network_stall_seconds: 60",
+            "network_stall_seconds: .nan",
+            ["network_stall_seconds", "more than 0"],
+        ),
         ("  home: ~/tools/kohya_ss", '  home: ""', ["checkout.home", "found ''"]),
         ("  url: https", "  url: [https]\n  no: https", ["checkout"]),
         ("checkout:", "checkout: [", ["not valid YAML"]),
@@ -151,8 +159,12 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(
     assert "'newest'" in message
 
 
-@pytest.mark.parametrize("name", ["with spaces", "it's \"quoted\"", "$(touch x)", "Größe Übung 写真", "a;b|c&d"])
-def test_any_printable_name_is_a_good_home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["with spaces", 'it\'s "quoted"', "$(touch x)", "Größe Übung 写真", "a;b|c&d"]
+)
+def test_any_printable_name_is_a_good_home(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KOHYA_HOME", str(tmp_path / name))
     assert settings.load().home == tmp_path / name
 
@@ -165,13 +177,18 @@ def test_the_tilde_and_relative_paths_are_resolved(tmp_path: Path, monkeypatch: 
     assert settings.load().home == tmp_path / "y"
 
 
-@pytest.mark.parametrize("value", ["/tmp/a\nb", "/tmp/a\tb", "/tmp/a\x7fb", "~nobody-of-this-name/x", "/tmp/" + 300 * "x", "/tmp/\udcff"])
+@pytest.mark.parametrize(
+    "value",
+    ["/tmp/a\nb", "/tmp/a\tb", "/tmp/a\x7fb", "~nobody-of-this-name/x", "/tmp/" + 300 * "x", "/tmp/\udcff"],
+)
 def test_a_home_that_cannot_be_meant_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOHYA_HOME", value)
     assert "KOHYA_HOME" in refused(settings.CONFIG)
 
 
-def test_a_url_may_be_a_path_and_is_then_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_may_be_a_path_and_is_then_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "user" / "mirror").mkdir()
     monkeypatch.setenv("KOHYA_REPO_URL", "~/mirror")
     assert settings.load().url == str(tmp_path / "user" / "mirror")
