@@ -22,6 +22,7 @@ _GIT_CONFIG = """\
     email = somebody@example.invalid
 [init]
     defaultBranch = main
+    templateDir =
 [protocol "file"]
     allow = always
 """

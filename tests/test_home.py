@@ -26,7 +26,8 @@ from pathlib import Path
 from kohya_mps.home import Home, held
 from kohya_mps.process import scrubbed
 with held(Home(Path(sys.argv[1]))):
-    below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=scrubbed(), stdout=subprocess.DEVNULL)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    below = subprocess.Popen(sleep, env=scrubbed(), stdout=subprocess.DEVNULL)
     print(below.pid, flush=True)
     time.sleep(600)
 """

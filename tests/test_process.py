@@ -314,7 +314,10 @@ def _in_a_terminal(code: str) -> str:
     return seen.decode()
 
 
-_ASK = "import os, sys; print(sys.stdout.isatty(), sys.stdin.isatty(), *(os.get_terminal_size() if sys.stdout.isatty() else ()))"
+_ASK = """
+import os, sys
+print(sys.stdout.isatty(), sys.stdin.isatty(), *(os.get_terminal_size() if sys.stdout.isatty() else ()))
+"""
 
 
 def test_a_child_draws_its_progress_in_a_terminal_of_our_size_when_we_have_one() -> None:

@@ -12,7 +12,7 @@ from kohya_mps import sources
 def pip_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's pip.conf; the machine's own is left out."""
     monkeypatch.delenv("PIP_CONFIG_FILE")
-    monkeypatch.setattr(sources, "_site_directories", lambda: [])
+    monkeypatch.setattr(sources, "_site_directories", list)
     path = tmp_path / "user" / ".config" / "pip" / "pip.conf"
     path.parent.mkdir(parents=True)
     monkeypatch.setattr(sources, "_MACHINE", ())
