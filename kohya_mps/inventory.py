@@ -117,7 +117,7 @@ def wrong_sizes(venv: Path) -> dict[str, list[Path]]:
                 is_size = os.stat(os.path.join(site, path)).st_size  # noqa: PTH116, PTH118 -- 25,000 times
             except OSError:
                 is_size = -1
-            if is_size < 0 or (size and is_size != int(size)):
+            if is_size < 0 or (size and size != str(is_size)):
                 wrong.setdefault(name, []).append(site / path)
     return wrong
 
@@ -130,10 +130,12 @@ def _distributions(site: Path) -> Iterator[tuple[str, str, Path]]:
 
 def _record(info: Path) -> Iterator[tuple[str, str, str]]:
     try:
-        with (info / "RECORD").open(newline="", encoding="utf-8") as file:
-            yield from ((row[0], row[1], row[2]) for row in csv.reader(file) if len(row) == 3)
-    except OSError:
+        # What the disk spoilt names files that are not there: a difference, not an error.
+        with (info / "RECORD").open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = [row for row in csv.reader(file) if len(row) == 3]
+    except (OSError, csv.Error):
         return
+    yield from ((path.replace("\0", ""), digest, size) for path, digest, size in rows)
 
 
 def _fingerprint(site: Path, info: Path) -> str:
