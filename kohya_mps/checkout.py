@@ -25,6 +25,7 @@ from .settings import Settings
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
+MADE_HERE = "checkout-made-here"
 
 
 class Commits(msgspec.Struct, frozen=True):
@@ -78,16 +79,51 @@ def present(home: Home) -> Commits | None:
 
 def local_changes(path: Path) -> list[str]:
     """Tracked files of one working tree that differ from its commit, as ``git status`` names them."""
-    listed = _git(
-        path,
-        "status",
-        "--porcelain=v1",
-        "-z",
-        "--no-renames",
-        "--untracked-files=no",
-        "--ignore-submodules=all",
+    return _status(path, "--untracked-files=no")
+
+
+def _status(path: Path, *flags: str) -> list[str]:
+    # Without renames each entry is one path.
+    how = ("--porcelain=v1", "-z", "--no-renames", "--ignore-submodules=all")
+    return [entry[3:] for entry in _git(path, "status", *how, *flags).split("\0") if entry]
+
+
+def made_here(home: Home) -> bool:
+    """Whether this project made the checkout; one that was there before is the user's."""
+    return (home.state / MADE_HERE).exists()
+
+
+def belongings(home: Home) -> list[str]:
+    """What a checkout holds besides the commit's own files: the user's, as far as can be told.
+
+    Changed files, files that git does not track (models, outputs, datasets, ignored ones
+    too), stashes, branches, and repositories that were set aside. Compiled Python does not
+    count. Paths are relative to the checkout.
+    """
+    found = []
+    for tree, prefix in ((home.root, ""), (home.sd_scripts, f"{SUBMODULE}/")):
+        if not os.path.lexists(tree / ".git"):
+            continue
+        flags = ("--ignored", "--untracked-files=all")
+        entries = _status(tree, *flags)
+        found += [prefix + entry for entry in entries if not _derived(entry)]
+        found += [f"{prefix}stash: {line}" for line in _git(tree, "stash", "list").splitlines()]
+        branches = _git(tree, "for-each-ref", "--format=%(refname:short)", "refs/heads").splitlines()
+        found += [f"{prefix}branch: {name}" for name in branches]
+    return found
+
+
+def _derived(entry: str) -> bool:
+    return (
+        "__pycache__/" in entry
+        or entry.rstrip("/") in ("venv", STATE, SUBMODULE)
+        or entry.startswith(f"{STATE}/")
     )
-    return [entry[3:] for entry in listed.split("\0") if entry]
+
+
+def interrupted(home: Home) -> bool:
+    """Whether a run was killed while it changed the checkout."""
+    return any(home.state.glob("moving-*.json"))
 
 
 def gitlink(home: Home, commit: str) -> str:
@@ -139,6 +175,7 @@ class _Tree:
         self.stall_seconds = settings.network_stall_seconds
         self.url = url
         self.is_submodule = path == home.sd_scripts
+        self.made_here = home.state / MADE_HERE
         self.record = home.state / "moving-sd-scripts.json" if self.is_submodule else home.moving
 
     def bring(self, commit: str, stash: bool) -> None:
@@ -171,6 +208,8 @@ class _Tree:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._note(_Stage.FETCH, "", commit)
+        if not self.is_submodule:
+            write(self.made_here, b"")
         self._git("init", "--quiet")
 
     def _note(self, stage: _Stage, came_from: str, goes_to: str) -> None:
@@ -192,6 +231,8 @@ class _Tree:
         if not here and not interrupted:
             self._git("rev-parse", "--git-dir")
             raise _Damaged("HEAD names no commit")
+        if here not in ("", commit) and not self.is_submodule:
+            self._refuse_other_projects()
         changed = self._local_changes() if here else []
         if changed and not stash:
             listed = "\n".join(f"    {name}" for name in changed[:20])
@@ -202,8 +243,6 @@ class _Tree:
             )
         if here == commit and not changed:
             return
-        if here != commit and not self.is_submodule:
-            self._check_family(here)
         if changed:
             self._git("stash", "push", "--quiet", "--message", "put away by kohya-mps")
             say(
@@ -232,16 +271,6 @@ class _Tree:
             )
         self.record.unlink()
 
-    def _check_family(self, here: str) -> None:
-        """Another project's repository is not turned into kohya_ss."""
-        listed = self._run("ls-tree", "--name-only", here, "--", SUBMODULE, "kohya_gui.py")
-        if listed.returncode == 0 and not listed.stdout.strip():
-            raise UsageError(
-                f"{self.path} is a git repository, but not one of kohya_ss: it has neither {SUBMODULE} "
-                "nor kohya_gui.py",
-                "choose another place with KOHYA_HOME",
-            )
-
     def _finish(self, move: _Move) -> None:
         """A run was killed in here: drop its locks, and bring files it half wrote to their new state."""
         if not (self.path / ".git" / "HEAD").exists() and not (self.path / ".git").is_file():
@@ -267,6 +296,14 @@ class _Tree:
         for place in places:
             for lock in (*place.glob("*.lock"), *(place / "refs").rglob("*.lock")):
                 lock.unlink()
+
+    def _refuse_other_projects(self) -> None:
+        """A repository that was there before has to be one of kohya_ss, old or new."""
+        if self.made_here.exists() or self._git("ls-tree", "HEAD", "--", SUBMODULE, "kohya_gui.py"):
+            return
+        raise UsageError(
+            f"{self.path} is a git repository, but none of kohya_ss", "choose another place with KOHYA_HOME"
+        )
 
     def _keep(self, here: str) -> None:
         """A commit of the user's that no branch holds would be lost from sight: name it."""

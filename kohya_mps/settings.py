@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 import unicodedata
@@ -218,9 +217,9 @@ def _home(from_file: str, file_says: str) -> Path:
     return home
 
 
-def machine() -> str:
-    """The architecture of the running interpreter, as the wheel tags name it."""
-    return platform.machine()
+def machine_wanted() -> str:
+    """The architecture that the locks are made for, as ``platform.machine()`` says it."""
+    return "arm64" if on_mac() else "x86_64"
 
 
 def expected_device() -> str:

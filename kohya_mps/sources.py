@@ -18,7 +18,6 @@ import platformdirs
 # stands between several values there.
 _OPTIONS = (
     ("index-url", ("UV_DEFAULT_INDEX", "UV_INDEX_URL"), " "),
-    ("extra-index-url", ("UV_INDEX", "UV_EXTRA_INDEX_URL"), " "),
     ("find-links", ("UV_FIND_LINKS",), ","),
     ("trusted-host", ("UV_INSECURE_HOST",), " "),
     ("cert", ("SSL_CERT_FILE",), ""),
@@ -28,10 +27,9 @@ _MACHINE = (Path("/etc/pip.conf"),)
 
 
 def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The ``UV_*`` variables that say what pip's configuration says.
+    """The ``UV_*`` variables that say what pip's configuration says of its main sources.
 
-    A variable that the user set for uv wins over pip's. Every package is checked against
-    the lock's digests, so an extra index cannot bring in anything else.
+    A variable that the user set for uv wins over pip's.
     """
     source = os.environ if environ is None else environ
     told: dict[str, str] = {}
@@ -41,10 +39,23 @@ def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
         values = [os.path.expanduser(v) for v in (value.split() if separator else [value])]  # noqa: PTH111
         if any(values) and not any(variable in source for variable in variables):
             told[variables[0]] = separator.join(values)
-    if "UV_INDEX" in told and "UV_INDEX_STRATEGY" not in source:
-        # pip looks in every index; uv would stop at the first that knows the name.
-        told["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     return told
+
+
+def extra_for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The same for pip's extra indexes; nothing when there are none, or uv has its own.
+
+    Every package is checked against the lock's digests, so an extra index cannot bring in
+    anything else. pip looks in every index; uv would stop at the first that knows the name.
+    """
+    source = os.environ if environ is None else environ
+    indexes = _configured(source, "extra-index-url").split()
+    if not indexes or no_index(source) or "UV_INDEX" in source or "UV_EXTRA_INDEX_URL" in source:
+        return {}
+    return {
+        "UV_INDEX": " ".join(indexes),
+        "UV_INDEX_STRATEGY": source.get("UV_INDEX_STRATEGY", "unsafe-best-match"),
+    }
 
 
 def no_index(environ: Mapping[str, str] | None = None) -> bool:

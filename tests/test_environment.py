@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,6 @@ def test_a_cache_that_was_cut_short_is_found_before_the_build_is_done(small: Sma
     shutil.rmtree(first.path)  # nothing tells any more what was edited
     second = build(small.settings)
     assert core(second).read_bytes() == b"VALUE = 1\n"
-    assert inventory.wrong_sizes(second.venv) == {}
 
 
 def test_a_package_that_was_added_or_replaced_is_repaired(small: Small) -> None:
@@ -275,17 +275,37 @@ def test_nothing_of_an_active_environment_or_of_pythonpath_leaks_in(
 
 
 def test_without_a_fitting_python_it_is_told_how_to_get_one(
-    small: Small, machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Small,
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(UsageError, match=f"Python {PYTHON} was not found") as caught:
-        build(small.settings)
+    profile = msgspec.structs.replace(small.settings.profile, python="3.99")
+    with pytest.raises(UsageError, match=r"Python 3\.99 was not found") as caught:
+        build(msgspec.structs.replace(small.settings, profile=profile))
     assert "install it with" in caught.value.fix
     assert not generations.present(Home(small.settings.home))
 
 
+def test_the_python_that_runs_this_is_taken_when_it_fits(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohya_mps.environment.capture", lambda *_, **__: pytest.fail("uv was asked"))
+    found = environment.find_python(small.settings.profile)
+    assert found.version == platform.python_version()
+    assert Path(found.path).parent.parent.samefile(sys.base_prefix)
+
+
+@pytest.fixture
+def unfitting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This Python is no candidate itself: uv has to find one."""
+    monkeypatch.setattr(platform, "python_version", lambda: "3.7.0")
+
+
+def test_a_python_on_the_path_is_found(small: Small, unfitting: None) -> None:
+    found = environment.find_python(small.settings.profile)
+    assert found.version.startswith(PYTHON)
+    assert os.access(found.path, os.X_OK)
+
+
+@pytest.mark.usefixtures("unfitting")
 def test_a_python_that_does_not_run_is_told(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +324,7 @@ def test_a_python_that_does_not_run_is_told(
         environment.find_python(small.settings.profile)
 
 
+@pytest.mark.usefixtures("unfitting")
 def test_on_a_mac_only_a_native_python_is_asked_for(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
@@ -330,12 +351,20 @@ def test_too_little_disk_is_told_with_what_is_needed(small: Small, monkeypatch: 
 
 
 def test_an_interrupted_build_is_removed_and_built_again(small: Small) -> None:
-    first = activated(small.settings)
+    first = build(small.settings)
     (first.path / "manifest.json").unlink()
     (first.venv / "half").write_text("")
     again = build(small.settings)
     assert again == first
     assert not (again.venv / "half").exists()
+
+
+def test_a_build_never_removes_what_the_active_link_points_to(small: Small) -> None:
+    first = activated(small.settings)
+    (first.path / "manifest.json").unlink()
+    again = build(small.settings)
+    assert again != first
+    assert ask(first, "import plain") == ""
 
 
 def test_an_interruption_leaves_nothing_behind(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,8 +385,9 @@ def test_an_interruption_leaves_nothing_behind(small: Small, monkeypatch: pytest
     ],
 )
 def test_what_uv_says_is_passed_on(
-    said: str, expected: str, small: Small, monkeypatch: pytest.MonkeyPatch
+    said: str, expected: str, small: Small, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (small.wheels / "plain-1.0-py3-none-any.whl").unlink()  # or uv would do without asking any index
     monkeypatch.setattr(environment, "stream", lambda *_, **__: process.Finished(2, said + "\n", 0.0, 0))
     with pytest.raises(StepFailed, match=expected):
         build(small.settings)

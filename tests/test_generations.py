@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from kohya_mps import generations
-from kohya_mps.errors import StepFailed
+from kohya_mps.errors import StepFailed, UsageError
 from kohya_mps.generations import (
     Generation,
     Manifest,
@@ -33,7 +32,7 @@ def make(home: Home, name: str, lock: str | None = None) -> Generation:
     (generation.venv / "bin").mkdir(parents=True)
     if lock is not None:
         generation.complete(
-            Manifest("validated", lock, "3.11.9", "/usr/bin/python3.11", Inventory({}, (), ""), 1.0)
+            Manifest("validated", lock, "3.11.9", "/usr/bin/python3.11", Inventory({}, (), "", 0, ()), 1.0)
         )
     return generation
 
@@ -141,6 +140,27 @@ def test_a_link_to_a_generation_that_is_gone_is_ours_and_not_active(home: Home) 
     assert active(home) is None
 
 
+def test_an_environment_of_somebody_elses_is_moved_aside_only_when_asked(home: Home) -> None:
+    generations.make_way(home, replace=False)
+    home.venv.mkdir(parents=True)
+    (home.venv / "theirs").write_text("theirs")
+    with pytest.raises(UsageError, match="did not build") as caught:
+        generations.make_way(home, replace=False)
+    assert "--replace-venv" in caught.value.fix
+    generations.make_way(home, replace=True)
+    assert not home.venv.exists()
+    assert [p.read_text() for p in home.root.glob("venv.before-kohya-mps-*/theirs")] == ["theirs"]
+
+
+def test_an_active_one_that_was_spoilt_is_kept_until_another_is_active(home: Home) -> None:
+    broken = make(home, "a", "1")
+    activate(home, broken)
+    (broken.path / "manifest.json").unlink()
+    assert collect(home, 2) == []
+    activate(home, make(home, "b", "1"))
+    assert collect(home, 2) == ["a"]
+
+
 def test_the_active_and_the_one_before_it_are_kept_and_older_ones_go(home: Home) -> None:
     for name in "abcd":
         activate(home, make(home, name, f"lock {name}"))
@@ -194,12 +214,3 @@ def test_a_removal_that_is_cut_short_leaves_an_interrupted_build(
             generations.discard(generation)
     assert generation.manifest() is None
     assert collect(home, 2) == ["a"]
-
-
-def test_the_size_is_what_would_be_freed(home: Home, tmp_path: Path) -> None:
-    generation = make(home, "a", "1")
-    empty = generation.size()
-    (generation.venv / "own").write_bytes(os.urandom(1_000_000))
-    (tmp_path / "cache").write_bytes(os.urandom(1_000_000))
-    (generation.venv / "shared").hardlink_to(tmp_path / "cache")
-    assert 900_000 < generation.size() - empty < 1_200_000

@@ -42,11 +42,15 @@ def test_pips_file_is_told_to_uv(pip_conf: Path) -> None:
 
 def test_further_indexes_are_all_looked_in_as_pip_does(pip_conf: Path) -> None:
     pip_conf.write_text("[global]\nextra-index-url = https://a.invalid https://b.invalid\n")
-    assert told() == {
+    assert told() == {}
+    assert sources.extra_for_uv({}) == {
         "UV_INDEX": "https://a.invalid https://b.invalid",
         "UV_INDEX_STRATEGY": "unsafe-best-match",
     }
-    assert "UV_INDEX_STRATEGY" not in told(UV_INDEX_STRATEGY="first-index")
+    assert sources.extra_for_uv({"UV_INDEX_STRATEGY": "first-index"})["UV_INDEX_STRATEGY"] == "first-index"
+    assert sources.extra_for_uv({"PIP_NO_INDEX": "1"}) == {}
+    pip_conf.unlink()
+    assert sources.extra_for_uv({}) == {}
 
 
 def test_a_variable_of_pips_wins_over_its_file_and_one_of_uvs_over_both(pip_conf: Path) -> None:
@@ -63,13 +67,9 @@ def test_an_index_that_the_user_chose_for_uv_is_the_one(own: str, pip_conf: Path
 
 
 @pytest.mark.parametrize("own", ["UV_INDEX", "UV_EXTRA_INDEX_URL"])
-def test_further_indexes_that_the_user_chose_for_uv_are_the_ones(own: str) -> None:
-    assert (
-        told(
-            PIP_CONFIG_FILE=os.devnull, PIP_EXTRA_INDEX_URL="https://a.invalid", **{own: "https://b.invalid"}
-        )
-        == {}
-    )
+def test_further_indexes_that_the_user_chose_for_uv_are_the_ones(own: str, pip_conf: Path) -> None:
+    pip_conf.write_text("[global]\nextra-index-url = https://a.invalid\n")
+    assert sources.extra_for_uv({own: "https://b.invalid"}) == {}
 
 
 def test_working_without_an_index_is_told_to_uv(pip_conf: Path) -> None:
