@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..process import capture, scrubbed, uv
 from ..report import Report
 from ..settings import Settings
 from . import damage, disk, kills, network
-from .place import SMALL, CannotTry, Fell, Place, Row, end_processes, expect
+from .place import SMALL, SMALL_PROFILE, CannotTry, Fell, Place, Row, end_processes, expect
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -111,16 +110,13 @@ def _place(root: Path, settings: Settings, *, small: bool, real: bool) -> Place:
     root.mkdir()
     if not small:
         return Place(root, settings, settings.profile_name, real=real)
-    place = Place(root, settings, "small", real=real)
-    profile = place.project / "config" / "profiles" / f"{settings.profile_name}.yaml"
-    text = re.sub(r"^lock: .*$", "lock: small", profile.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    profile.with_stem("small").write_text(re.sub(r"^(  \w+): \d+$", r"\1: 0", text, flags=re.MULTILINE))
+    place = Place(root, settings, SMALL_PROFILE, real=real)
     pins = {pin.name: pin for pin in constraints.read(settings.profile.lock_file).pins}
     lines = [
         f"{name}=={pins[name].version} {' '.join(f'--hash={digest}' for digest in pins[name].hashes)}\n"
         for name in SMALL
     ]
-    place.use_lock("small", "".join(lines))
+    place.use_small_lock("".join(lines))
     return place
 
 

@@ -21,13 +21,7 @@ def checkout_damaged(place: Place) -> Row:
     row = Tries("corrupted object in the checkout")
     place.install()
     for tree in (place.home.root, place.home.sd_scripts):
-        for what, damage in (
-            ("pack cut in half", cut_pack),
-            ("commit zeroed", lambda path: zero_object(path, "HEAD")),
-            ("commit missing", lambda path: remove_object(path, "HEAD")),
-            ("tree zeroed", lambda path: zero_object(path, "HEAD^{tree}")),
-            ("HEAD emptied", lambda path: (path / ".git" / "HEAD").write_bytes(b"")),
-        ):
+        for what, damage in DAMAGES.items():
             with row.attempt(f"{tree.name}: {what}", place):
                 place.install()
                 _survives_damage(place, tree, damage)
@@ -93,6 +87,15 @@ def zero_object(tree: Path, name: str) -> None:
 def remove_object(tree: Path, name: str) -> None:
     """Delete an object."""
     loose_object(tree, name).unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "pack cut in half": cut_pack,
+    "commit zeroed": lambda tree: zero_object(tree, "HEAD"),
+    "commit missing": lambda tree: remove_object(tree, "HEAD"),
+    "tree zeroed": lambda tree: zero_object(tree, "HEAD^{tree}"),
+    "HEAD emptied": lambda tree: (tree / ".git" / "HEAD").write_bytes(b""),
+}
 
 
 def file_deleted(place: Place) -> Row:

@@ -56,26 +56,25 @@ class Timeline(msgspec.Struct, frozen=True):
 def reference(place: Place) -> Timeline:
     """Measure a run from its start to its end."""
     began = time.monotonic()
-    process = place.start(*place.whole)
-    assert process.stderr and process.stdout
     steps, lines = [], []
-    for line in process.stderr:
-        lines.append(line)
-        if _STEP.match(line):
-            steps.append(time.monotonic() - began)
-    out = process.stdout.read()
-    code = process.wait()
+    with place.start(*place.whole) as process:
+        assert process.stderr and process.stdout
+        for line in process.stderr:
+            lines.append(line)
+            if _STEP.match(line):
+                steps.append(time.monotonic() - began)
+        out = process.stdout.read()
+        code = process.wait()
     expect(code == 0, f"a run that was left alone failed: {Ran(code, out, ''.join(lines), 0).said}")
     return Timeline(tuple(steps), time.monotonic() - began)
 
 
-def kill(place: Place, moment: Moment) -> bool:
-    """Run and kill at a moment: the ``invoke`` process alone, as a system short of memory does.
+def kill(process: subprocess.Popen[str], moment: Moment) -> bool:
+    """Kill a run at a moment: the one process alone, as a system short of memory does.
 
     Returns:
         Whether it was still running.
     """
-    process = place.start(*place.whole)
     assert process.stderr and process.stdout
     due = threading.Event()
 
@@ -102,6 +101,8 @@ def kill(place: Place, moment: Moment) -> bool:
     process.wait()
     for reader in readers:
         reader.join()
+    process.stdout.close()
+    process.stderr.close()
     return alive
 
 
@@ -114,7 +115,7 @@ def kills_fresh(place: Place, count: int) -> Row:
     for moment in line.moments(count):
         with row.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}", place):
             place.remove()
-            ended_first += not kill(place, moment)
+            ended_first += not kill(place.start(*place.whole), moment)
             if os.path.lexists(place.home.venv):
                 place.active_is_whole()
             place.mended()
@@ -136,7 +137,7 @@ def kills_rebuild(place: Place, count: int) -> Row:
         with row.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}", place):
             place.install()
             place.new_lock()
-            ended_first += not kill(place, moment)
+            ended_first += not kill(place.start(*place.whole), moment)
             place.active_passes_smoke()
             place.mended()
     with row.attempt("a whole set-up after all kills", place):

@@ -21,9 +21,12 @@ from .place import STALL_SECONDS, CannotTry, Place, Row, Tries, expect
 #: A package index may be silent for this long in the tries that need one, in seconds, twice.
 INDEX_SECONDS = 2
 
+#: What a server does with one connection.
+Answer = Callable[[socket.socket], None]
+
 
 @contextlib.contextmanager
-def serving(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+def serving(answer: Answer) -> Iterator[int]:
     """A server on this machine that gives every connection to ``answer`` and never closes one itself.
 
     Yields:
@@ -48,7 +51,7 @@ def serving(answer: Callable[[socket.socket], None]) -> Iterator[int]:
                 connection.close()
 
 
-def _quietly(answer: Callable[[socket.socket], None], connection: socket.socket) -> None:
+def _quietly(answer: Answer, connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the other side hung up
         answer(connection)
 
@@ -159,24 +162,29 @@ def _stalled_checkout(place: Place, url: str) -> None:
     place.mended()
 
 
+def only_index(port: int) -> dict[str, str]:
+    """The variables with which uv asks the server at ``port`` and nothing else, and gives up soon."""
+    return {
+        "UV_DEFAULT_INDEX": f"http://127.0.0.1:{port}/simple/",
+        "UV_HTTP_TIMEOUT": str(INDEX_SECONDS),
+        "UV_HTTP_RETRIES": "1",
+        "NO_PROXY": "127.0.0.1",
+        # Other sources that the machine has might answer.
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": "",
+        "PIP_EXTRA_INDEX_URL": "",
+    }
+
+
 def network_index(place: Place) -> Row:
     """A package index that stops answering, with nothing in uv's cache."""
     row = Tries("network stalls, package index")
     for what, answer in (("says nothing at all", silence), ("stops in the middle of a page", half_a_page)):
         with row.attempt(what, place), serving(answer) as port:
             place.remove()
-            variables = {
-                "UV_CACHE_DIR": str(place.root / "empty-cache"),
-                "UV_DEFAULT_INDEX": f"http://127.0.0.1:{port}/simple/",
-                "UV_HTTP_TIMEOUT": str(INDEX_SECONDS),
-                "UV_HTTP_RETRIES": "1",
-                "NO_PROXY": "127.0.0.1",
-                # Other sources that the machine has would be asked, and might answer.
-                "PIP_CONFIG_FILE": os.devnull,
-                "PIP_FIND_LINKS": "",
-                "PIP_EXTRA_INDEX_URL": "",
-            }
-            ran, report = place.told("setup", "--no-train-step", **variables)
+            empty = place.root / "empty-cache"
+            variables = only_index(port)
+            ran, report = place.told("setup", "--no-train-step", UV_CACHE_DIR=str(empty), **variables)
             expect(ran.code == 1, f"ended with {ran.code}: {ran.said}")
             failed = report.status("environment") is Status.FAIL and report.status("checkout") is Status.PASS
             expect(failed, f"not the environment alone failed: {ran.said}")
@@ -185,7 +193,7 @@ def network_index(place: Place) -> Row:
             expect(not os.path.lexists(place.home.venv), "something half-built is active")
             place.tidy()
             place.mended()
-            shutil.rmtree(place.root / "empty-cache", ignore_errors=True)
+            shutil.rmtree(empty, ignore_errors=True)
     return row.done(
         "an empty cache: exit 1 in time, the checkout done, nothing half-built; the rerun with the network ends good"
     )

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ STALL_SECONDS = 3.0
 
 #: The lock for faults that need gigabytes of room or a cache of their own: pure Python, from the real lock.
 SMALL = ("transformers", "sympy", "einops")
+SMALL_PROFILE = "small"
 
 RENEW = """
 from kohya_mps import environment, front, settings
@@ -145,8 +146,23 @@ class Place:
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """Start ``invoke``; its children outlive it when it is killed, as they would a user's."""
+        return self._start([str(Path(sys.prefix) / "bin" / "invoke"), *arguments], variables)
+
+    def start_python(self, code: str, **variables: str) -> subprocess.Popen[str]:
+        """Start a call of the copied package that ``invoke`` has no task for."""
+        return self._start([sys.executable, "-c", code], variables)
+
+    def invoke(self, *arguments: str, **variables: str) -> Ran:
+        """Run ``invoke`` to its end."""
+        return _finish(self.start(*arguments, **variables))
+
+    def python(self, code: str, **variables: str) -> Ran:
+        """Run a call of the copied package to its end."""
+        return _finish(self.start_python(code, **variables))
+
+    def _start(self, command: list[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(Path(sys.prefix) / "bin" / "invoke"), *arguments],
+            command,
             cwd=self.project,
             env={**self.environ, **variables},
             stdin=subprocess.DEVNULL,
@@ -156,32 +172,21 @@ class Place:
             errors="replace",
         )
 
-    def invoke(self, *arguments: str, **variables: str) -> Ran:
-        """Run ``invoke`` to its end."""
-        began = time.monotonic()
-        process = self.start(*arguments, **variables)
-        out, err = process.communicate()
-        return Ran(process.returncode, out, err, time.monotonic() - began)
-
-    def python(self, code: str, **variables: str) -> Ran:
-        """Run a call of the copied package that ``invoke`` has no task for."""
-        began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=self.project,
-            env={**self.environ, **variables},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        return Ran(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
-
     def use_lock(self, name: str, text: str) -> None:
         """Write a lock into the copy and take it for the one that faults change."""
         self.lock = self.project / "constraints" / f"{name}.txt"
         self._pristine, self._editions = text, 0
         self.lock.write_text(text, encoding="utf-8")
+
+    def use_small_lock(self, text: str) -> None:
+        """Have a profile with a small lock that needs next to no disk."""
+        profile = self.project / "config" / "profiles" / "validated.yaml"
+        rules = re.sub(
+            r"^lock: .*$", f"lock: {SMALL_PROFILE}", profile.read_text("utf-8"), flags=re.MULTILINE
+        )
+        rules = re.sub(r"^(  \w+): \d+$", r"\1: 0", rules, flags=re.MULTILINE)
+        profile.with_stem(SMALL_PROFILE).write_text(rules, encoding="utf-8")
+        self.use_lock(SMALL_PROFILE, text)
 
     def new_lock(self) -> None:
         """Another edition of the lock: other bytes, the same packages, so a true rebuild."""
@@ -258,6 +263,12 @@ class Place:
         for path in (self.home.root, self.root / "huggingface"):
             if path.exists():
                 shutil.rmtree(path)
+
+
+def _finish(process: subprocess.Popen[str]) -> Ran:
+    began = time.monotonic()
+    out, err = process.communicate()
+    return Ran(process.returncode, out, err, time.monotonic() - began)
 
 
 def processes_of(home: Home) -> list[str]:
