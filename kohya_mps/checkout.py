@@ -395,6 +395,8 @@ class _Tree:
         self._git("init", "--quiet")
         self._drop_locks()
         self._exclude("/.git.damaged*")
+        if not self.is_submodule:
+            self._exclude(f"/{STATE}/")
         try:
             self._fetch(came_from or commit)
         except KohyaError:

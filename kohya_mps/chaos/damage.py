@@ -34,7 +34,7 @@ def checkout_damaged(place: Place) -> Row:
 def _survives_damage(place: Place, tree: Path, damage: Callable[[Path], object]) -> None:
     listed = capture(["git", "-C", tree, "ls-files", "*.py"]).stdout.split()
     mine, beside = tree / listed[0], tree / "my-model.safetensors"
-    changed = mine.read_bytes() + b"# mine\n"
+    changed = mine.read_bytes() + b"\n# mine\n"
     mine.write_bytes(changed)
     beside.write_bytes(b"mine")
     damage(tree)
@@ -180,17 +180,12 @@ def lock_wrong(place: Place) -> Row:
 
 def wrong_digest(lock: str, package: str) -> str:
     """A lock's text with one package's digests made wrong."""
-    head, pin, rest = lock.partition(f"\n{package}==")
+    pin = re.search(rf"^{package}==.*(?:(?<=\\)\n.*)*", lock, flags=re.MULTILINE)
     assert pin, package
-    lines = rest.splitlines(keepends=True)
-    last = next((n for n, line in enumerate(lines) if "\\" not in line), len(lines))
-    for n in range(last + 1):
-        lines[n] = re.sub(
-            r"sha256:([0-9a-f]{64})",
-            lambda found: "sha256:" + hashlib.sha256(found[1].encode()).hexdigest(),
-            lines[n],
-        )
-    return head + pin + "".join(lines)
+    wrong = re.sub(
+        r"(?<=sha256:)[0-9a-f]{64}", lambda found: hashlib.sha256(found[0].encode()).hexdigest(), pin[0]
+    )
+    return lock[: pin.start()] + wrong + lock[pin.end() :]
 
 
 def clock_back(place: Place) -> Row:
