@@ -264,7 +264,7 @@ def _refuse_without_mac_wheel(source: Path, text: str, draft: Path) -> None:
 
 
 def _refuse_forbidden(source: Path, draft: Path) -> None:
-    if found := forbidden(constraints.read(draft)):
+    if found := _forbidden_in(constraints.read(draft)):
         name, reason = found[0]
         raise StepFailed(
             f"{source.name}: {chain_in_lock(draft, name)}, and {name} {reason}",
@@ -272,23 +272,46 @@ def _refuse_forbidden(source: Path, draft: Path) -> None:
         )
 
 
-def forbidden(lock: constraints.Lock) -> list[tuple[str, str]]:
-    """The distributions of a lock that no profile allows on a Mac, and why."""
+def forbidden(names: Iterable[str], on_mac: Iterable[str]) -> list[tuple[str, str]]:
+    """The distributions that some profile forbids, and why.
+
+    Args:
+        names: the canonical names of everything that is locked or installed.
+        on_mac: those of them that a Mac gets.
+    """
     rules = [settings.load_profile(name).forbidden for name in settings.profile_names()]
-    everywhere = {canonicalize_name(name) for rule in rules for name in rule.any}
-    on_mac = {canonicalize_name(name) for rule in rules for name in rule.darwin}
-    locked = {pin.name for pin in lock.pins}
-    return [(name, "is forbidden on every system") for name in sorted(locked & everywhere)] + [
-        (name, "is forbidden on macOS")
-        for name in sorted(lock.versions(constraints.MAC_ARM64).keys() & on_mac)
-    ]
+    everywhere: set[str] = {canonicalize_name(name) for rule in rules for name in rule.any}
+    darwin: set[str] = {canonicalize_name(name) for rule in rules for name in rule.darwin}
+    found = [(name, "is forbidden on every system") for name in sorted(everywhere & set(names))]
+    return found + [(name, "is forbidden on macOS") for name in sorted(darwin & set(on_mac))]
+
+
+def _forbidden_in(lock: constraints.Lock) -> list[tuple[str, str]]:
+    return forbidden([pin.name for pin in lock.pins], lock.versions(constraints.MAC_ARM64))
+
+
+def requirements(name: str) -> list[Requirement]:
+    """What ``NAME.in`` asks for, the files that it names included.
+
+    Raises:
+        UsageError: a file is missing, or a line is no requirement.
+    """
+    source = settings.CONSTRAINTS / f"{name}.in"
+    found = []
+    for line in _inputs(source):
+        if not line.startswith(("-", "exclude-newer ")):
+            try:
+                found.append(Requirement(line))
+            except InvalidRequirement as error:
+                raise UsageError(f"{source}: {line!r} is no requirement: {error}") from error
+    return found
 
 
 def _check(name: str) -> list[Check]:
     source, target = settings.CONSTRAINTS / f"{name}.in", settings.CONSTRAINTS / f"{name}.txt"
     again = f"`nox -s lock -- {name}` makes it again"
     try:
-        lock, wanted = constraints.read(target), _inputs(source)
+        lock, wanted, asked = constraints.read(target), _inputs(source), requirements(name)
     except UsageError as error:
         return [Check(target.name, Status.FAIL, error.what, error.fix)]
     stamp = _stamp(target)
@@ -308,12 +331,12 @@ def _check(name: str) -> list[Check]:
         checks.append(Check(target.name, Status.FAIL, "\n".join(difference), again))
     if not stamp.whole:
         edited = "\n".join(
-            ["was edited after uv wrote it", *_contradictions(wanted, lock), *_git_diff(target)]
+            ["was edited after uv wrote it", *_contradictions(asked, lock), *_git_diff(target)]
         )
         checks.append(
             Check(target.name, Status.FAIL, edited, f"{again}; `git checkout {target.name}` restores it")
         )
-    for culprit, reason in forbidden(lock):
+    for culprit, reason in _forbidden_in(lock):
         checks.append(
             Check(
                 target.name, Status.FAIL, f"{chain_in_lock(target, culprit)}, and {culprit} {reason}", again
@@ -349,23 +372,16 @@ def _inputs(source: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _contradictions(wanted: Iterable[str], lock: constraints.Lock) -> list[str]:
-    """Which lines of the ``.in`` the lock does not meet: what an edited line did."""
+def _contradictions(wanted: Iterable[Requirement], lock: constraints.Lock) -> list[str]:
+    """Which lines of the ``.in`` the lock does not meet on a Mac: what an edited line did."""
     versions = lock.versions(constraints.MAC_ARM64)
     lines = []
-    for line in wanted:
-        if line.startswith(("-", "exclude-newer")):
-            continue
-        try:
-            requirement = Requirement(line)
-        except InvalidRequirement as error:
-            lines.append(f"+{line}: {error}")
-            continue
+    for requirement in wanted:
         has = versions.get(canonicalize_name(requirement.name))
         if requirement.marker and not requirement.marker.evaluate(dict(constraints.MAC_ARM64)):
             continue
         if has is None or not requirement.specifier.contains(has, prereleases=True):
-            lines.append(f"-{line}\n+{requirement.name}: {has or 'missing'}")
+            lines.append(f"-{requirement}\n+{requirement.name}: {has or 'missing'}")
     return lines
 
 
