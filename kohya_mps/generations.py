@@ -90,15 +90,6 @@ class Generation(msgspec.Struct, frozen=True):
         except (OSError, ValueError):
             return 0
 
-    def size(self) -> int:
-        """Bytes on disk that go when this generation goes: files it shares are not counted."""
-        total = 0
-        for directory, _, files in os.walk(self.path):
-            for name in files:
-                stat = os.lstat(os.path.join(directory, name))  # noqa: PTH118 -- 25,000 times
-                total += stat.st_blocks * 512 if stat.st_nlink == 1 else 0
-        return total
-
 
 def present(home: Home) -> list[Generation]:
     """All generations of a home, the latest active one first, interrupted builds last."""
@@ -108,13 +99,18 @@ def present(home: Home) -> list[Generation]:
     return sorted(found, key=lambda generation: (generation.manifest() is None, -generation.turn()))
 
 
-def active(home: Home) -> Generation | None:
-    """The generation that ``venv`` links to, if it is there."""
+def linked(home: Home) -> Generation | None:
+    """The generation that ``venv`` links to, whatever state it is in."""
     if not home.venv.is_symlink():
         return None
     target = Path(os.path.normpath(home.venv.parent / home.venv.readlink()))
-    generation = Generation(target.parent)
-    return generation if generation.path.parent == home.generations and generation.manifest() else None
+    return Generation(target.parent) if target.parent.parent == home.generations else None
+
+
+def active(home: Home) -> Generation | None:
+    """The generation that ``venv`` links to, if it is complete."""
+    generation = linked(home)
+    return generation if generation and generation.manifest() else None
 
 
 def previous(home: Home) -> Generation | None:
@@ -125,10 +121,7 @@ def previous(home: Home) -> Generation | None:
 
 def foreign_venv(home: Home) -> bool:
     """Whether ``venv`` is something that this project did not put there."""
-    if home.venv.is_symlink():
-        target = Path(os.path.normpath(home.venv.parent / home.venv.readlink()))
-        return home.generations not in target.parents
-    return os.path.lexists(home.venv)
+    return os.path.lexists(home.venv) and linked(home) is None
 
 
 def activate(home: Home, generation: Generation) -> None:
@@ -139,7 +132,7 @@ def activate(home: Home, generation: Generation) -> None:
     """
     if generation.manifest() is None:
         raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
-    if active(home) != generation:
+    if active(home) != generation or not generation.turn():
         turns = [g.turn() for g in present(home)]
         write(generation._turn, str(max(turns, default=0) + 1).encode())
         link(home.venv, generation.venv)
@@ -154,7 +147,7 @@ def collect(home: Home, keep: int) -> list[str]:
     Returns:
         The names of what was removed.
     """
-    now = active(home)
+    now = linked(home)
     made_of = _origin(now) if now else None
     complete = [g for g in _complete(home) if g != now and g.turn() and _origin(g) != made_of]
     kept = [*([now] if now else []), *complete[: max(keep - 1, 0)]]

@@ -18,11 +18,11 @@ from .checkout import Commits
 from .environment import Plan
 from .errors import KohyaError, StepFailed, UsageError
 from .generations import Generation
-from .home import Home, check_place, held
+from .home import Home, check_place, held, write
 from .process import capture
 from .receipt import Receipt, Verdict
 from .report import Check, Report, Status, say
-from .settings import Settings, expected_device, on_mac
+from .settings import Settings, expected_device, machine_wanted, on_mac
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -150,7 +150,7 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
 
 
 def build_environment(settings: Settings) -> Report:
-    """``nox -s venv``: the environment and its configuration, without checkout and verification."""
+    """``nox -s venv``: the environment alone; it takes over the configuration of the one before it."""
     home = Home(settings.home)
     check_place(home)
     configure.check_precision(settings)
@@ -158,7 +158,9 @@ def build_environment(settings: Settings) -> Report:
     with held(home):
         _make_way(home, replace=False)
         generation = environment.build(settings, planned)
-        row = configure.write_own(settings, generation)
+        before = generations.active(home)
+        if before and before != generation and not generation.accelerate_config.exists():
+            write(generation.accelerate_config, before.accelerate_config.read_bytes())
         generations.activate(home, generation)
         gone = generations.collect(home, settings.generations_kept)
     how = "in place" if generation == planned.usable else "built"
@@ -166,7 +168,7 @@ def build_environment(settings: Settings) -> Report:
     collected = Check(
         "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
     )
-    return Report(f"Environment of {home.root}", (built, row, collected), {"generation": generation.name})
+    return Report(f"Environment of {home.root}", (built, collected), {"generation": generation.name})
 
 
 def reconfigure(settings: Settings, replace_default: bool) -> Report:
@@ -209,7 +211,7 @@ def installed(home: Home) -> Generation:
 def check_machine(settings: Settings, planned: Plan) -> Check:
     """What has to be there before anything is touched: architecture, git, Python and disk."""
     name = "machine"
-    machine, wanted = platform.machine(), "arm64" if on_mac() else "x86_64"
+    machine, wanted = platform.machine(), machine_wanted()
     if machine != wanted:
         what = (
             "this Python runs under Rosetta, or this is an Intel Mac"
