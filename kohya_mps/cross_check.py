@@ -7,6 +7,8 @@ distribution's metadata is read. Nothing is run: that a Mac *does* load it is *p
 from __future__ import annotations
 
 import argparse
+import mmap
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,7 +29,8 @@ from .report import Check, Report, say
 #: may get another wheel of the same version (numpy has one for 14.0 and one for 11.0).
 MACOS = ("11.0", "12.0", "13.0", "14.0", "15.0", "26.0")
 
-_NO_WHEEL = "matching platform tag"
+# uv's words for a pin without a wheel that fits: the second where there is a source archive, too.
+_NO_WHEEL = ("matching platform tag", "has no usable wheels")
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -40,7 +43,8 @@ class Options(msgspec.Struct, frozen=True):
 class Found(msgspec.Struct, frozen=True):
     """What lies in one installed tree, and everything in it that a Mac would refuse.
 
-    ``lowest_macos`` is the highest minimum that a native library states, ``stated_by`` which.
+    ``lowest_macos`` is the highest minimum that a native library states, ``stated_by`` which;
+    ``mps_macos`` is what torch's MPS backend says that it needs, where there is one.
     ``links`` counts what the native libraries link to, by where it is found.
     """
 
@@ -51,6 +55,7 @@ class Found(msgspec.Struct, frozen=True):
     unresolved: tuple[str, ...]
     lowest_macos: macho.Version
     stated_by: str
+    mps_macos: macho.Version
     unmet: tuple[str, ...]
     forbidden: tuple[str, ...]
     licences: Mapping[str, tuple[str, ...]]
@@ -113,7 +118,7 @@ def install_lowest(lock: constraints.Lock, place: Path) -> tuple[str, Path]:
         say(f"  {lock.path.name}: installing for macOS {macos}")
         if not (reason := install(lock, place / macos, macos)):
             return macos, place / macos
-        if _NO_WHEEL not in reason:
+        if not any(words in reason for words in _NO_WHEEL):
             break
     because = locks.culprit_chain(reason) or "uv cannot install it"
     raise StepFailed(
@@ -158,6 +163,7 @@ def examine(tree: Path, lock: constraints.Lock) -> Found:
         unresolved=tuple(unresolved),
         lowest_macos=newest.macos if newest else (),
         stated_by=str(newest.path.relative_to(tree)) if newest else "",
+        mps_macos=_mps_needs(tree),
         unmet=tuple(unmet),
         forbidden=tuple(
             f"{locks.chain(needs, roots, name)}, and {name} {reason}"
@@ -189,25 +195,42 @@ def judge(proof: Proof) -> list[Check]:
 
 
 def lowest_macos(proof: Proof) -> Check:
-    """The lowest macOS that a lock runs on, against what the profiles of this lock say.
+    """The lowest macOS that a lock works on, against what the profiles of this lock say.
 
     ``proof`` is that of the lowest macOS with a wheel for every pin. A library may state a
-    higher one than its wheel does: the wheel then installs, and does not load.
+    higher one than its wheel does: the wheel then installs, and does not load. And torch
+    may load where its MPS backend says no.
     """
     found = proof.found
-    by_wheels = tuple(int(part) for part in proof.macos.split("."))
-    measured = ".".join(map(str, (*max(by_wheels, found.lowest_macos), 0)[:2]))
-    why = (
-        f"{found.stated_by} states it" if found.lowest_macos >= by_wheels else "its wheels are tagged for it"
-    )
-    name = f"{proof.lock}: lowest macOS"
+    asked = {
+        "its wheels are tagged for it": tuple(int(part) for part in proof.macos.split(".")),
+        f"{found.stated_by} states it": found.lowest_macos,
+        "torch's MPS backend needs it": found.mps_macos,
+    }
+    measured = max(_release(version) for version in asked.values())
+    why = ", ".join(reason for reason, version in asked.items() if _release(version) == measured)
+    text = ".".join(map(str, measured))
     wrong = []
     for profile_name in settings.profile_names():
         profile = settings.load_profile(profile_name)
-        if profile.lock == proof.lock and profile.macos != measured:
+        if profile.lock == proof.lock and profile.macos != text:
             wrong.append(f"config/profiles/{profile_name}.yaml says {profile.macos}")
-    fix = f'write macos: "{measured}" there'
-    return Check.of(name, not wrong, "; ".join([f"{measured} ({why})", *wrong]), fix)
+    detail = "; ".join([f"{text} ({why})", *wrong])
+    return Check.of(f"{proof.lock}: lowest macOS", not wrong, detail, f'write macos: "{text}" there')
+
+
+def _release(version: macho.Version) -> macho.Version:
+    return (*version, 0, 0)[:2]
+
+
+def _mps_needs(tree: Path) -> macho.Version:
+    """What torch's MPS backend tells those whose macOS is too old (ATen/mps/MPSDevice.h)."""
+    library = tree / "torch" / "lib" / "libtorch_cpu.dylib"
+    if not library.is_file():
+        return ()
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        said = re.search(rb"MPS backend is supported on [mM]acOS (\d+)\.(\d+)\+", content)
+        return (int(said[1]), int(said[2])) if said else ()
 
 
 def _images(tree: Path) -> tuple[list[macho.Image], list[str], int]:

@@ -98,8 +98,8 @@ def make_all(choice: Choice) -> Report:
             for package in sorted(before.keys() | now.keys())
             if before.get(package) != now.get(package)
         ]
-        detail = "; ".join(changed) or "no version changed"
-        checks.append(Check(path.name, Status.PASS, f"{len(now)} packages; {detail}"))
+        detail = "; ".join(changed) if before else "a new lock"
+        checks.append(Check(path.name, Status.PASS, f"{len(now)} packages; {detail or 'no version changed'}"))
     return Report("Locks", tuple(checks))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from wheelhouse import pin, wheel
+from wheelhouse import pin, source_archive, wheel
 
 from kohya_mps import constraints, cross_check, macho, settings
 from kohya_mps.errors import StepFailed, UsageError
@@ -167,7 +167,10 @@ def test_a_library_that_a_required_package_has_loaded_is_found_by_its_install_na
     assert "/Users/builder/lib/libx.dylib" in problem
 
 
-def test_the_lowest_macos_is_the_first_with_wheels_for_it(room: Path) -> None:
+@pytest.mark.parametrize("with_source", [False, True])
+def test_the_lowest_macos_is_the_first_with_wheels_for_it(room: Path, with_source: bool) -> None:
+    if with_source:
+        source_archive(room / "wheels", "core", "1.0")
     made = lock(room, library(room, "core", {"core/_c.so": native()}, tag="cp311-cp311-macosx_14_0_arm64"))
     assert cross_check.install_lowest(made, room / "trees")[0] == "14.0"
 
@@ -175,12 +178,12 @@ def test_the_lowest_macos_is_the_first_with_wheels_for_it(room: Path) -> None:
 @pytest.mark.parametrize(
     ("tag", "minos", "says", "good", "said"),
     [
-        ("11_0", (11, 0), "11.0", True, "11.0 (core/_c.so states it)"),
+        ("11_0", (11, 0), "11.0", True, "11.0 (its wheels are tagged for it, core/_c.so states it)"),
         # The wheel says 11.0 and installs there; the library in it does not load there.
         ("11_0", (12, 3), "11.0", False, "12.3 (core/_c.so states it)"),
         ("11_0", (12, 3), "12.3", True, "12.3 (core/_c.so states it)"),
         ("13_0", (11, 0), "11.0", False, "13.0 (its wheels are tagged for it)"),
-        ("11_0", (11, 0), "14.0", False, "11.0 (core/_c.so states it)"),
+        ("11_0", (11, 0), "14.0", False, "11.0 (its wheels are tagged for it, core/_c.so states it)"),
     ],
 )
 def test_the_profile_has_to_say_the_macos_that_is_measured(
@@ -201,6 +204,15 @@ def test_the_profile_has_to_say_the_macos_that_is_measured(
     check = cross_check.lowest_macos(cross_check.Proof("native", macos, cross_check.examine(tree, made)))
     assert (check.status is Status.PASS) is good
     assert said in check.detail
+
+
+def test_the_macos_that_torchs_mps_backend_asks_for_counts_too(room: Path) -> None:
+    words = b"\0The MPS backend is supported on macOS 15.0+. \0"
+    files = {"torch/lib/libtorch_cpu.dylib": native(kind=DYLIB, name="@rpath/libtorch_cpu.dylib") + words}
+    made = lock(room, library(room, "torch", files))
+    macos, tree = cross_check.install_lowest(made, room / "trees")
+    check = cross_check.lowest_macos(cross_check.Proof("native", macos, cross_check.examine(tree, made)))
+    assert check.detail == "15.0 (torch's MPS backend needs it)"
 
 
 def test_requirements_are_met_for_a_mac_and_not_for_this_machine(room: Path) -> None:
