@@ -81,3 +81,14 @@ def cross_check(session: nox.Session) -> None:
     """Prove that a Mac could load what the locks install [-- LOCK ... --json]."""
     session.install(*DEV)
     session.run("python", "-m", "kohya_mps.cross_check", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def upstream(session: nox.Session) -> None:
+    """Explain why upstream's own macOS requirements cannot be installed [-- --commit ID --json]."""
+    from kohya_mps import upstream
+
+    front.run(
+        lambda: upstream.run(settings.load(), upstream.choose(session.posargs)),
+        json="--json" in session.posargs,
+    )

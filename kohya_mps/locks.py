@@ -32,7 +32,7 @@ PYTHON = "3.11"
 
 #: Later than any macOS that wheels are tagged for: is there a wheel for *some* Mac?
 #: The lowest macOS that a lock really needs is what cross_check measures.
-_ANY_MACOS = "99.0"
+ANY_MACOS = "99.0"
 
 _CUTOFF = re.compile(r"^# exclude-newer: (\d{4}-\d\d-\d\d)$", re.MULTILINE)
 _HEADER = re.compile(
@@ -202,20 +202,27 @@ def chain_in_lock(path: Path, culprit: str) -> str:
     return chain(needs, roots, canonicalize_name(culprit))
 
 
-def resolve(arguments: list[str], *, cwd: Path, extra: Mapping[str, str] | None = None) -> str:
-    """Ask uv's resolver; nothing is installed.
+class Resolution(msgspec.Struct, frozen=True):
+    """What uv's resolver found: versions by distribution, or its reason why there are none."""
 
-    Returns:
-        Its reason why there is no solution, in its own words; empty when there is one.
+    versions: dict[str, str]
+    reason: str
+
+
+def resolve(arguments: list[str], *, cwd: Path, env: Mapping[str, str]) -> Resolution:
+    """Ask uv's resolver, with wheels alone; nothing is installed.
+
+    Args:
+        arguments: of ``uv pip compile``: the file of requirements, and what else to ask.
+        cwd: what relative paths in the file are relative to.
+        env: uv's whole environment.
     """
-    environ = scrubbed(extra=extra)
-    environ.pop("UV_FIND_LINKS", None)  # a local wheel's hash is not the published one's
-    done = capture(
-        [uv(), "pip", "compile", "--quiet", "--python-version", PYTHON, *arguments], cwd=cwd, env=environ
-    )
-    if done.returncode == 0:
-        return ""
-    return done.stderr.strip().removeprefix("error:").strip() or f"uv ended with {done.returncode}"
+    command = [uv(), "pip", "compile", "--quiet", "--python-version", PYTHON, "--only-binary", ":all:"]
+    done = capture([*command, *arguments], cwd=cwd, env=env)
+    if done.returncode:
+        return Resolution({}, done.stderr.strip().removeprefix("error:").strip() or f"uv: {done.returncode}")
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", done.stdout, re.MULTILINE)
+    return Resolution({str(canonicalize_name(name)): version for name, version in pins}, "")
 
 
 def culprit_chain(reason: str) -> str:
@@ -245,8 +252,10 @@ def _dated(source: Path, cutoff: str | None) -> str:
 def _compile(source: Path, text: str, arguments: list[str], extra: Mapping[str, str] | None = None) -> None:
     dated = _CUTOFF.search(text)
     assert dated
-    common = [source.name, "--only-binary", ":all:", "--exclude-newer", dated[1]]
-    if reason := resolve([*common, *arguments], cwd=source.parent, extra=extra):
+    asked = [source.name, "--exclude-newer", dated[1], *arguments]
+    environ = scrubbed(extra=extra)
+    environ.pop("UV_FIND_LINKS", None)  # a local wheel's hash is not the published one's
+    if reason := resolve(asked, cwd=source.parent, env=environ).reason:
         because = culprit_chain(reason)
         raise StepFailed(
             f"{source.name}: no lock for Apple Silicon can be made from it"
@@ -260,7 +269,7 @@ def _compile(source: Path, text: str, arguments: list[str], extra: Mapping[str, 
 def _refuse_without_mac_wheel(source: Path, text: str, draft: Path) -> None:
     """A universal lock may hold what exists for Linux alone: resolve it once more, for a Mac."""
     platform = ["--python-platform", "aarch64-apple-darwin", "--constraint", str(draft)]
-    _compile(source, text, platform, {"MACOSX_DEPLOYMENT_TARGET": _ANY_MACOS})
+    _compile(source, text, platform, {"MACOSX_DEPLOYMENT_TARGET": ANY_MACOS})
 
 
 def _refuse_forbidden(source: Path, draft: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from wheelhouse import pin, source_archive, wheel
+from wheelhouse import only, pin, source_archive, wheel
 
 from kohya_mps import constraints, cross_check, macho, settings
 from kohya_mps.errors import StepFailed, UsageError
@@ -67,8 +67,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "wheels").mkdir()
     monkeypatch.setattr(settings, "CONSTRAINTS", tmp_path / "constraints")
     monkeypatch.setattr(settings, "ROOT", tmp_path)
-    monkeypatch.setenv("UV_NO_INDEX", "1")
-    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "wheels"))
+    only(monkeypatch, tmp_path / "wheels")
     return tmp_path
 
 
