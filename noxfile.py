@@ -19,7 +19,7 @@ nox.options.reuse_existing_virtualenvs = True
 DEV = ("--require-hashes", "-r", "constraints/dev.txt")
 
 
-@nox.session
+@nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
     """Check format, style and types."""
     session.install(*DEV)
@@ -28,7 +28,7 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
+@nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
     """Run the tests that need neither the trainer's environment nor the real kohya_ss."""
     session.install(*DEV)
@@ -36,12 +36,19 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *marks, *session.posargs)
 
 
+@nox.session(tags=["ci"], default=False)
+def real(session: nox.Session) -> None:
+    """Run the tests that build the real environment and train in it."""
+    session.install(*DEV)
+    session.run("python", "-m", "pytest", "-m", "environment", *session.posargs)
+
+
 @nox.session(venv_backend="none", default=False)
 def venv(session: nox.Session) -> None:
     """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
-    from kohya_mps import install
+    from kohya_mps import environment
 
-    front.run(lambda: install.build_environment(settings.load()))
+    front.run(lambda: environment.renew(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
@@ -68,7 +75,7 @@ def lock(session: nox.Session) -> None:
     front.run(lambda: locks.make_all(locks.choose(session.posargs)))
 
 
-@nox.session(venv_backend="none")
+@nox.session(venv_backend="none", tags=["ci"])
 def lock_check(session: nox.Session) -> None:
     """Check offline that every lock is unedited and agrees with its .in file."""
     from kohya_mps import locks
@@ -92,3 +99,10 @@ def upstream(session: nox.Session) -> None:
         lambda: upstream.run(settings.load(), upstream.choose(session.posargs)),
         json="--json" in session.posargs,
     )
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.bench", *session.posargs)

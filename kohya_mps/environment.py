@@ -15,9 +15,9 @@ import msgspec
 from . import constraints, generations, inventory, sources
 from .errors import StepFailed, UsageError
 from .generations import Generation, Manifest
-from .home import Home
+from .home import Home, check_place, held, write
 from .process import capture, scrubbed, stream, uv
-from .report import say
+from .report import Check, Report, Status, say
 from .settings import ROOT, Profile, Settings, machine_wanted, on_mac
 
 
@@ -57,6 +57,29 @@ def plan(settings: Settings) -> Plan:
         if changed is None:
             changed, differences = generation, tuple(found)
     return Plan(lock, None, changed, differences)
+
+
+def renew(settings: Settings) -> Report:
+    """``nox -s venv``: build the environment and make it the active one.
+
+    Without checkout and verification; the configuration is that of the one before it.
+    """
+    home = Home(settings.home)
+    check_place(home)
+    planned = plan(settings)
+    with held(home):
+        generations.make_way(home, replace=False)
+        generation, before = build(settings, planned), generations.active(home)
+        if before and before.accelerate_config.exists() and not generation.accelerate_config.exists():
+            write(generation.accelerate_config, before.accelerate_config.read_bytes())
+        generations.activate(home, generation)
+        gone = generations.collect(home, settings.generations_kept)
+    how = "in place" if generation == planned.usable else "built"
+    built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
+    collected = Check(
+        "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
+    )
+    return Report(f"Environment of {home.root}", (built, collected), {"generation": generation.name})
 
 
 def build(settings: Settings, planned: Plan | None = None) -> Generation:

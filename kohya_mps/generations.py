@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from .errors import StepFailed
+from .errors import StepFailed, UsageError
 from .home import Home, link, write
 from .inventory import Inventory
+from .report import say
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -122,6 +124,24 @@ def previous(home: Home) -> Generation | None:
 def foreign_venv(home: Home) -> bool:
     """Whether ``venv`` is something that this project did not put there."""
     return os.path.lexists(home.venv) and linked(home) is None
+
+
+def make_way(home: Home, *, replace: bool) -> None:
+    """Move an environment that somebody else made aside when asked; it is never touched otherwise.
+
+    Raises:
+        UsageError: there is one, and ``replace`` was not asked for.
+    """
+    if not foreign_venv(home):
+        return
+    if not replace:
+        raise UsageError(
+            f"{home.venv} is an environment that this project did not build",
+            "`invoke setup --replace-venv` moves it aside (nothing is deleted)",
+        )
+    aside = home.root / f"venv.before-kohya-mps-{int(time.time())}"
+    home.venv.rename(aside)
+    say(f"      moved {home.venv} to {aside}")
 
 
 def activate(home: Home, generation: Generation) -> None:

@@ -18,7 +18,7 @@ from .checkout import Commits
 from .environment import Plan
 from .errors import KohyaError, StepFailed, UsageError
 from .generations import Generation
-from .home import Home, check_place, held, write
+from .home import Home, check_place, held
 from .process import capture
 from .receipt import Receipt, Verdict
 from .report import Check, Report, Status, say
@@ -87,7 +87,7 @@ def _setup(settings: Settings, wanted: Wanted, home: Home, planned: Plan, ready:
     steps = _Steps(total=6)
     with steps.step("machine") as tell:
         tell(ready.status, ready.detail, ready.fix)
-        _make_way(home, wanted.replace_venv)
+        generations.make_way(home, replace=wanted.replace_venv)
     if steps.checks[-1].status is Status.FAIL:
         return Report("Setup", tuple(steps.checks), {"home": str(home.root), "device": None})
     commits: Commits | None = None
@@ -147,28 +147,6 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
             receipt.save(generation, msgspec.structs.replace(known, written=receipt.now(), **verdicts))
     extra = {**trained.extra, "smoke": smoked.checks, "train_step": trained.checks}
     return Report(f"Verification of {home.root}", (*smoked.checks, *trained.checks), extra)
-
-
-def build_environment(settings: Settings) -> Report:
-    """``nox -s venv``: the environment alone; it takes over the configuration of the one before it."""
-    home = Home(settings.home)
-    check_place(home)
-    configure.check_precision(settings)
-    planned = environment.plan(settings)
-    with held(home):
-        _make_way(home, replace=False)
-        generation = environment.build(settings, planned)
-        before = generations.active(home)
-        if before and before != generation and not generation.accelerate_config.exists():
-            write(generation.accelerate_config, before.accelerate_config.read_bytes())
-        generations.activate(home, generation)
-        gone = generations.collect(home, settings.generations_kept)
-    how = "in place" if generation == planned.usable else "built"
-    built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
-    collected = Check(
-        "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
-    )
-    return Report(f"Environment of {home.root}", (built, collected), {"generation": generation.name})
 
 
 def reconfigure(settings: Settings, replace_default: bool) -> Report:
@@ -241,20 +219,6 @@ def check_machine(settings: Settings, planned: Plan) -> Check:
         Status.PASS,
         f"{platform.system()} {machine}, {git.stdout.strip()}, expected device {expected_device()}",
     )
-
-
-def _make_way(home: Home, replace: bool) -> None:
-    """An environment that somebody else made is moved aside when asked, and never touched otherwise."""
-    if not generations.foreign_venv(home):
-        return
-    if not replace:
-        raise UsageError(
-            f"{home.venv} is an environment that this project did not build",
-            "`invoke setup --replace-venv` moves it aside (nothing is deleted)",
-        )
-    aside = home.root / f"venv.before-kohya-mps-{int(time.time())}"
-    home.venv.rename(aside)
-    say(f"      moved {home.venv} to {aside}")
 
 
 def _smoke(
@@ -374,10 +338,12 @@ def _conclude(
         "config_file": str(generation.accelerate_config) if generation else None,
     }
     report = Report(f"Setup of {home.root}", tuple(steps.checks), extra)
-    return msgspec.structs.replace(report, summary=_next(report, home, trained))
+    return msgspec.structs.replace(report, summary=_next(report, home, trained, generation))
 
 
-def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...]:
+def _next(
+    report: Report, home: Home, trained: Verdict | None, generation: Generation | None
+) -> tuple[str, ...]:
     """What to type next."""
     if not report.ok:
         return (
@@ -386,10 +352,15 @@ def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...
         )
     if trained is None:
         return ("", "Installed, not verified. `invoke verify` runs the smoke check and a training step.")
+    config = generation.accelerate_config if generation else ""
     who = "kohya's trainer" if trained.kohya_trainer_ran else "the built-in step"
     return (
         "",
         f"LoRA training works here: {who} trained on {trained.device}.",
-        "Train with your own settings:  invoke train FILE.toml",
-        f"The environment's Python:      {home.venv / 'bin' / 'python'}",
+        "",
+        f"checkout       {home.root}",
+        f"environment    {home.venv}",
+        f"configuration  {config}",
+        "next           invoke train FILE.toml    (your own settings)",
+        "               invoke status             (is everything still as it was installed?)",
     )

@@ -136,16 +136,18 @@ def _record(info: Path) -> Iterator[tuple[str, str, str]]:
 
 def _fingerprint(site: Path, info: Path) -> tuple[str, int, bool]:
     """The fingerprint, the bytes, and whether each file is there in the size that its wheel says."""
-    digest, total, whole = hashlib.sha256(), 0, True
+    facts: list[str] = []
+    total, whole = 0, True
     root = os.fspath(site) + os.sep
     for path, _, size in _record(info):
         try:
             stat = os.stat(root + path)  # noqa: PTH116 -- 25,000 times
         except OSError:
-            digest.update(f"{path}\0missing\n".encode())
+            facts.append(f"{path}\0missing")
             whole = False
             continue
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        facts.append(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}")
         total += stat.st_size
-        whole = whole and (not size or stat.st_size == int(size))
-    return digest.hexdigest()[:32], total, whole
+        if size and stat.st_size != int(size):
+            whole = False
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32], total, whole
