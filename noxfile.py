@@ -102,6 +102,13 @@ def upstream(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Look up known vulnerabilities of the locks [-- LOCK ... --json]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.audit", *session.posargs)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
     session.install(*DEV)
