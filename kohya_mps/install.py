@@ -178,8 +178,9 @@ def installed(home: Home) -> Generation:
     """The active generation.
 
     Raises:
-        UsageError: nothing is installed in this home.
+        UsageError: nothing is installed in this home, or others can write to it.
     """
+    check_place(home)
     generation = generations.active(home)
     if generation is None:
         raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
@@ -323,6 +324,8 @@ def _conclude(
 ) -> Report:
     trained = record.train_step if record else None
     active = generations.active(home)
+    if generation and active and active != generation:
+        say(f"      the new environment did not pass; {active.name} stays the active one")
     extra = {
         "home": str(home.root),
         "environment": str(home.venv) if active else None,

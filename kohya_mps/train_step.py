@@ -112,6 +112,8 @@ def run(
     log = output / "trainer.log"
     environ = launch.environ(generation, offline=True)
     finished = stream(command, cwd=place, env=environ, log=log, on_output=_progress_only)
+    if options.full:
+        shutil.rmtree(model)  # four gigabytes that are made again in less time than they are missed
     return judge(generation, finished, output, log, options)
 
 
