@@ -104,8 +104,7 @@ def file_deleted(place: Place) -> Row:
     for name in ("torch/nn/functional.py", "accelerate/accelerator.py", "einops-*.dist-info/METADATA"):
         with row.attempt(name, place):
             place.install()
-            active = generations.active(place.home)
-            assert active
+            active = place.active()
             next(inventory.site_packages(active.venv).glob(name)).unlink()
             ran, report = place.told("status")
             expect(ran.code == 1 and not report.ok, "status does not see it")
@@ -127,16 +126,14 @@ def file_edited(place: Place) -> Row:
         with row.attempt(what, place):
             ran = place.python(RENEW, **variables)
             expect(ran.code == 0, f"no environment to try this on: {ran.said}")
-            before = generations.active(place.home)
-            assert before
+            before = place.active()
             edited = inventory.site_packages(before.venv) / "einops" / "__init__.py"
             linked = edited.stat().st_nlink > 1
             edit(edited)
             ran = place.python(RENEW, **variables)
             expect(ran.code == 0, f"the rerun ended with {ran.code}: {ran.said}")
             place.active_is_whole()
-            active = generations.active(place.home)
-            assert active
+            active = place.active()
             bad = inventory.damaged(active.venv, SMALL)
             expect(not bad, f"the new environment has the edit, out of uv's cache (linked: {linked}): {bad}")
             started = capture([active.python, "-c", "import einops"])

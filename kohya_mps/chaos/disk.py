@@ -89,8 +89,7 @@ def disk_full_environment(place: Place) -> Row:
     place.remove()
     ran = place.python(RENEW)
     expect(ran.code == 0, f"the small environment cannot be built: {ran.said}")
-    active = generations.active(place.home)
-    manifest = active.manifest() if active else None
+    manifest = place.active().manifest()
     assert manifest
     size = manifest.inventory.bytes / 1e6
     for share in (0.2, 0.5, 0.9):

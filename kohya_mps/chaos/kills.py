@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from .. import generations
 from .place import Place, Ran, Row, Tries, expect
 
 _STEP = re.compile(r"\[\d+/\d+\] ")
@@ -172,8 +171,7 @@ def pairs(place: Place, count: int) -> Row:
                 place.remove()
             else:
                 place.install()
-                active = generations.active(place.home)
-                assert active
+                active = place.active()
                 active.accelerate_config.unlink()  # so that there is something to do
             two = [place.start("setup", "--no-train-step") for _ in range(2)]
             said = [process.communicate()[1] for process in two]

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,8 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
+import psutil
+import yaml
 
 from .. import generations, inventory
+from ..generations import Generation
 from ..home import Home
 from ..report import Check, Status, say
 from ..settings import ROOT, Settings
@@ -180,12 +182,9 @@ class Place:
 
     def use_small_lock(self, text: str) -> None:
         """Have a profile with a small lock that needs next to no disk."""
-        profile = self.project / "config" / "profiles" / "validated.yaml"
-        rules = re.sub(
-            r"^lock: .*$", f"lock: {SMALL_PROFILE}", profile.read_text("utf-8"), flags=re.MULTILINE
-        )
-        rules = re.sub(r"^(  \w+): \d+$", r"\1: 0", rules, flags=re.MULTILINE)
-        profile.with_stem(SMALL_PROFILE).write_text(rules, encoding="utf-8")
+        rules = msgspec.structs.replace(self.profile, lock=SMALL_PROFILE, disk_gb={"darwin": 0, "linux": 0})
+        profile = self.project / "config" / "profiles" / f"{SMALL_PROFILE}.yaml"
+        profile.write_bytes(yaml.safe_dump(msgspec.to_builtins(rules)).encode())
         self.use_lock(SMALL_PROFILE, text)
 
     def new_lock(self) -> None:
@@ -226,7 +225,6 @@ class Place:
     def _temporary_files(self) -> Iterator[Path]:
         yield from self.temporary.iterdir()
         yield from self.home.root.glob(".*.new")
-        yield from self.home.root.glob(".git.repaired")
         yield from self.home.state.glob("moving-*")
         for place in (self.home.state, *self.home.generations.glob("*")):
             yield from place.glob(".*")
@@ -237,12 +235,18 @@ class Place:
 
     def active_is_whole(self) -> None:
         """The link to the environment leads to one that was built to its end and is as it was built."""
-        active = generations.active(self.home)
-        expect(active, f"{self.home.venv} leads to no complete generation")
-        manifest = active.manifest() if active else None
-        if active and manifest:
-            drift = inventory.differences(manifest.inventory, inventory.take(active.venv))
-            expect(not drift, f"the active environment changed: {[d.name for d in drift[:5]]}")
+        active = self.active()
+        manifest = active.manifest()
+        assert manifest  # it would not be active without
+        drift = inventory.differences(manifest.inventory, inventory.take(active.venv))
+        expect(not drift, f"the active environment changed: {[d.name for d in drift[:5]]}")
+
+    def active(self) -> Generation:
+        """The generation that the link to the environment leads to."""
+        found = generations.active(self.home)
+        if found is None:
+            raise Fell(f"{self.home.venv} leads to no complete generation")
+        return found
 
     def active_passes_smoke(self) -> None:
         """The active environment is whole, and the smoke check passes in it."""
@@ -271,23 +275,23 @@ def _finish(process: subprocess.Popen[str]) -> Ran:
     return Ran(process.returncode, out, err, time.monotonic() - began)
 
 
-def processes_of(home: Home) -> list[str]:
+def processes_of(home: Home) -> list[psutil.Process]:
     """The processes that work on a home: all of ours carry its variable."""
-    import psutil
-
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get("KOHYA_HOME") == str(home.root):
-                found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+                found.append(process)
     return found
 
 
 def end_processes(home: Home) -> None:
     """Kill what works on a home that is about to be removed."""
-    for line in processes_of(home):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+    left = processes_of(home)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
 
 
 class Tries:
@@ -303,10 +307,16 @@ class Tries:
         say(f"{self.fault}, try {self.tries}: {what}")
         try:
             yield
-        except Fell as reason:
+        except CannotTry:
+            raise
+        except Exception as error:
+            # Whatever it was: an hour of other tries must not be lost with this one.
+            reason = str(error) if isinstance(error, Fell) else f"{type(error).__name__}: {error}"
             say(f"  DID NOT SURVIVE: {reason}")
             self.fell.append(f"{what}: {reason}")
             place.remove()
 
     def done(self, looked_at: str) -> Row:
+        """The fault's row, when all its tries are over."""
+        say(f"{self.fault}: {self.tries - len(self.fell)} of {self.tries} survived")
         return Row(self.fault, self.tries, self.tries - len(self.fell), looked_at, tuple(self.fell))
