@@ -231,7 +231,7 @@ def test_a_try_that_was_not_survived_fails_the_row_with_its_reason(place: Place)
     check = tries.done("everything").check()
 
     assert check.status is Status.FAIL
-    assert "2 tries, 1 survived" in check.detail
+    assert "tries 2, survived 1" in check.detail
     assert "second: the old environment is gone" in check.detail
 
 

@@ -58,7 +58,7 @@ class Row(msgspec.Struct, frozen=True):
         """The fault as a row of the report."""
         if self.skipped:
             return Check(self.fault, Status.SKIP, self.skipped)
-        lines = [f"{self.tries} tries, {self.survived} survived: {self.looked_at}", *self.fell]
+        lines = [f"tries {self.tries}, survived {self.survived}: {self.looked_at}", *self.fell]
         return Check.of(self.fault, self.survived == self.tries > 0, "\n".join(lines))
 
 
