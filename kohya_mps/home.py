@@ -124,7 +124,7 @@ def held(home: Home) -> Iterator[None]:
     """Hold the installation; what a killed run left running is ended first.
 
     Raises:
-        Busy: another run holds it; nothing is waited for.
+        Busy: another run holds it; its end is not waited for.
     """
     home.state.mkdir(parents=True, exist_ok=True)
     record = home.state / "holder.json"
@@ -179,8 +179,10 @@ def _present_holder(record: Path) -> _Holder | None:
     deadline = time.monotonic() + 1
     while True:
         holder = _read_holder(record)
-        if (holder and psutil.pid_exists(holder.pid)) or time.monotonic() > deadline:
+        if holder and psutil.pid_exists(holder.pid):
             return holder
+        if time.monotonic() > deadline:
+            return None
         time.sleep(0.01)
 
 
