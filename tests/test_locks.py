@@ -146,8 +146,9 @@ def test_a_comment_and_an_order_are_no_difference(room: Path) -> None:
 
 
 def test_a_change_in_an_included_file_or_a_constraint_is_a_difference(room: Path) -> None:
-    ask(room, "plain", name="tools")
-    locks.make("tools")
+    for name in ("train", "tools"):
+        ask(room, "plain", name=name)
+        locks.make(name)
     ask(room, "-c tools.txt", "-r tools.in", "plain", name="dev")
     locks.make("dev")
     assert not failures()
