@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from .errors import KohyaError, StepFailed, UsageError
-from .home import STATE, Home, write
+from .home import STATE, Home, check_place, held, write
 from .process import Finished, capture, scrubbed, stream
 from .report import Check, Report, Status, say
 from .settings import Settings
@@ -50,8 +50,12 @@ def bring(settings: Settings, *, stash: bool = False) -> Commits:
     return Commits(settings.commit, wanted)
 
 
-def report(settings: Settings, commits: Commits) -> Report:
-    """What stands where, as the report of ``invoke clone``."""
+def clone(settings: Settings, *, stash: bool = False) -> Report:
+    """``invoke clone``: bring the checkout to its commit, and say what stands where."""
+    home = Home(settings.home)
+    check_place(home)
+    with held(home):
+        commits = bring(settings, stash=stash)
     checks = (
         Check("kohya_ss", Status.PASS, f"{commits.kohya_ss} in {settings.home}"),
         Check(SUBMODULE, Status.PASS, commits.sd_scripts),

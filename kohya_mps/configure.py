@@ -71,37 +71,37 @@ def configure(settings: Settings, generation: Generation, *, replace_default: bo
         replace_default: back up somebody else's default configuration and replace it.
     """
     check_precision(settings)
-    wanted = fields(settings)
-    target = generation.accelerate_config
-    if is_current(target, wanted):
-        own = Check("accelerate configuration", Status.PASS, f"{target} is in place")
-    else:
-        try:
-            read_back = json.loads(
-                launch.probe(generation, PROBES / "accelerate_config.py", str(target), json.dumps(wanted))
-            )
-        except launch.ProbeFailed as error:
-            raise StepFailed(
-                f"accelerate could not write its configuration: {error}",
-                "`invoke setup` repairs the environment",
-            ) from error
-        wrong = [
-            f"{key} is {read_back.get(key)!r}, not {value!r}"
-            for key, value in wanted.items()
-            if _unlike(read_back.get(key), value)
-        ]
-        if wrong:
-            raise StepFailed(f"accelerate reads {target} differently than it was written: {'; '.join(wrong)}")
-        own = Check(
-            "accelerate configuration",
-            Status.PASS,
-            f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}",
-        )
+    own = write_own(settings, generation)
     default = default_location()
-    checks = (own, _default(default, target, replace_default))
-    return Report(
-        "accelerate configuration", checks, {"config_file": str(target), "default_config": str(default)}
-    )
+    checks = (own, _default(default, generation.accelerate_config, replace_default))
+    extra = {"config_file": str(generation.accelerate_config), "default_config": str(default)}
+    return Report("accelerate configuration", checks, extra)
+
+
+def write_own(settings: Settings, generation: Generation) -> Check:
+    """The configuration beside the environment, which every launch of ours names.
+
+    Raises:
+        StepFailed: accelerate could not write it, or reads back something else.
+    """
+    name, wanted, target = "accelerate configuration", fields(settings), generation.accelerate_config
+    if is_current(target, wanted):
+        return Check(name, Status.PASS, f"{target} is in place")
+    try:
+        printed = launch.probe(generation, PROBES / "accelerate_config.py", str(target), json.dumps(wanted))
+    except launch.ProbeFailed as error:
+        raise StepFailed(
+            f"accelerate could not write its configuration: {error}", "`invoke setup` repairs the environment"
+        ) from error
+    read_back = json.loads(printed)
+    wrong = [
+        f"{key} is {read_back.get(key)!r}, not {value!r}"
+        for key, value in wanted.items()
+        if _unlike(read_back.get(key), value)
+    ]
+    if wrong:
+        raise StepFailed(f"accelerate reads {target} differently than it was written: {'; '.join(wrong)}")
+    return Check(name, Status.PASS, f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}")
 
 
 def is_current(path: Path, wanted: dict[str, object]) -> bool:

@@ -28,52 +28,75 @@ class Interpreter(msgspec.Struct, frozen=True):
     machine: str
 
 
-def build(settings: Settings) -> tuple[Generation, bool]:
+class Plan(msgspec.Struct, frozen=True):
+    """What a build would have to do.
+
+    ``usable`` is a complete, unchanged generation of the lock. ``changed`` is one whose
+    distributions named in ``differences`` are no longer as they were built.
+    """
+
+    lock: constraints.Lock
+    usable: Generation | None
+    changed: Generation | None
+    differences: tuple[inventory.Difference, ...]
+
+
+def plan(settings: Settings) -> Plan:
+    """Look for a generation of the profile's lock, and whether it is as it was built."""
+    lock = constraints.read(settings.profile.lock_file)
+    changed: Generation | None = None
+    differences: tuple[inventory.Difference, ...] = ()
+    for generation in generations.present(Home(settings.home)):
+        manifest = generation.manifest()
+        if manifest is None or manifest.lock != lock.digest or manifest.profile != settings.profile_name:
+            continue
+        found = inventory.differences(manifest.inventory, inventory.take(generation.venv))
+        if not found and generation.python.exists():
+            return Plan(lock, generation, None, ())
+        if changed is None:
+            changed, differences = generation, tuple(found)
+    return Plan(lock, None, changed, differences)
+
+
+def build(settings: Settings, planned: Plan | None = None) -> Generation:
     """Bring about a complete generation of the profile's lock, beside the active one.
 
-    A complete, undamaged one of the same lock is taken as it is. The new one is not made
+    A complete, unchanged one of the same lock is taken as it is. The result is not made
     active; :func:`kohya_mps.generations.activate` does that.
-
-    Returns:
-        The generation, and whether it had to be built.
 
     Raises:
         UsageError: no fitting Python, too little disk, an unreadable lock.
         StepFailed: uv could not install the lock.
     """
-    home = Home(settings.home)
-    lock = constraints.read(settings.profile.lock_file)
-    usable, drifted = _usable(home, settings, lock)
-    if usable:
-        return usable, False
-    names = [difference.name for difference in drifted[1]] if drifted else []
-    if drifted:
-        say(f"  {drifted[0].name} was changed since it was built ({', '.join(names[:5])}): building it anew")
-        if edited := inventory.damaged(drifted[0].venv, names):
+    home, planned = Home(settings.home), planned or plan(settings)
+    if planned.usable:
+        return planned.usable
+    if planned.changed:
+        names = [difference.name for difference in planned.differences]
+        say(f"  {planned.changed.name} is not as it was built ({', '.join(names[:5])}): building it anew")
+        if edited := inventory.damaged(planned.changed.venv, names):
             # uv links files out of its cache: what was edited here was edited there.
             capture([uv(), "cache", "clean", *edited])
-    interpreter = find_python(settings.profile)
-    if not drifted:
+    else:
         check_disk(home, settings.profile)
-    generation = _fresh(home, settings, lock, interpreter)
+    interpreter = find_python(settings.profile)
+    started = time.monotonic()
+    generation = _fresh(home, settings, planned.lock, interpreter)
     try:
-        install(generation.venv, interpreter.path, lock)
-        started = time.monotonic()
-        took = inventory.take(generation.venv)
-        generation.complete(
-            Manifest(
-                profile=settings.profile_name,
-                lock=lock.digest,
-                python=interpreter.version,
-                interpreter=interpreter.path,
-                inventory=took,
-                seconds=time.monotonic() - started,
-            )
+        install(generation.venv, interpreter.path, planned.lock)
+        manifest = Manifest(
+            profile=settings.profile_name,
+            lock=planned.lock.digest,
+            python=interpreter.version,
+            interpreter=interpreter.path,
+            inventory=inventory.take(generation.venv),
+            seconds=time.monotonic() - started,
         )
+        generation.complete(manifest)
     except BaseException:
         shutil.rmtree(generation.path, ignore_errors=True)
         raise
-    return generation, True
+    return generation
 
 
 def install(venv: Path, python: str, lock: constraints.Lock) -> None:
@@ -179,22 +202,6 @@ def check_disk(home: Home, profile: Profile) -> None:
             f"{place} has {free:.1f} GB of free disk; the environment and its downloads need {needed:g} GB",
             "free some space, or choose another disk with KOHYA_HOME",
         )
-
-
-def _usable(
-    home: Home, settings: Settings, lock: constraints.Lock
-) -> tuple[Generation | None, tuple[Generation, list[inventory.Difference]] | None]:
-    """A complete generation of this lock that is as it was built; else the first changed one."""
-    drifted = None
-    for generation in generations.present(home):
-        manifest = generation.manifest()
-        if manifest is None or manifest.lock != lock.digest or manifest.profile != settings.profile_name:
-            continue
-        differences = inventory.differences(manifest.inventory, inventory.take(generation.venv))
-        if not differences and generation.python.exists():
-            return generation, None
-        drifted = drifted or (generation, differences)
-    return None, drifted
 
 
 def _fresh(home: Home, settings: Settings, lock: constraints.Lock, interpreter: Interpreter) -> Generation:

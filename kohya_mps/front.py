@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from .errors import FAILED, INTERRUPTED, KohyaError, StepFailed
+from .errors import FAILED, INTERRUPTED, KohyaError, StepFailed, UsageError
 
 if TYPE_CHECKING:
     from .report import Report
 
 
-def run(step: Callable[[], Report | None], *, json: bool = False) -> None:
-    """Run ``step`` and print its report.
+def run(step: Callable[[], Report | int], *, json: bool = False, dry: bool = False) -> None:
+    """Run ``step`` and print its report, or end with the exit code that it returns.
+
+    Args:
+        step: what was typed.
+        json: print the report as JSON.
+        dry: invoke's ``--dry``, which cannot be kept: it would still run the step.
 
     Raises:
         SystemExit: with the documented exit code, when the report is not good, when the
             step raised an error that a person can mend, or when it was interrupted.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    # What is made here is nobody else's to change, whatever the user's umask allows.
+    os.umask(os.umask(0o022) | 0o022)
     try:
-        report = step()
+        if dry:
+            raise UsageError("--dry is not supported: the steps do their work without a shell")
+        result = step()
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing is broken: the same command goes on from here.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -37,15 +47,15 @@ def run(step: Callable[[], Report | None], *, json: bool = False) -> None:
             raise
         _tell(mendable, json)
         raise SystemExit(mendable.exit_code) from None
-    if report is None:
-        return
+    if isinstance(result, int):
+        raise SystemExit(result)
     from .report import show, to_json
 
     if json:
-        print(to_json(report))
+        print(to_json(result))
     else:
-        show(report)
-    if not report.ok:
+        show(result)
+    if not result.ok:
         raise SystemExit(FAILED)
 
 

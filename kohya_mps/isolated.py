@@ -1,0 +1,79 @@
+"""The same steps in a throw-away installation below ``.nox``: nothing of the user's is touched."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from . import checkout, configure, environment, generations, smoke, train_step
+from .errors import KohyaError, StepFailed
+from .generations import Generation
+from .home import Home, held
+from .report import Report, say
+from .settings import ROOT, Settings
+
+#: The home of the throw-away installation; ``rm -rf .nox`` removes it.
+PLACE = ROOT / ".nox" / "install"
+
+
+def smoke_check(settings: Settings) -> Report:
+    """Build the environment in isolation, from the same lock, and run the smoke check in it."""
+    apart = msgspec.structs.replace(settings, home=PLACE)
+    with held(Home(PLACE)):
+        return smoke.run(apart, _ready(apart))
+
+
+def training_step(settings: Settings, arguments: Sequence[str]) -> Report:
+    """Run the training step in the isolated environment, on the installed checkout or one of its own.
+
+    Args:
+        settings: the installation whose checkout is used when it is there.
+        arguments: what was typed behind ``nox -s train_step --``.
+    """
+    options = parse(arguments)
+    options.check()
+    apart, home = msgspec.structs.replace(settings, home=PLACE), Home(PLACE)
+    with held(home):
+        tree = None if options.builtin else _checkout(settings, apart)
+        return train_step.run(apart, _ready(apart), tree, home.verification, options)
+
+
+def parse(arguments: Sequence[str]) -> train_step.Options:
+    """The options of ``nox -s train_step``."""
+    parser = argparse.ArgumentParser(
+        prog="nox -s train_step --", description="Train a few steps and judge them."
+    )
+    parser.add_argument("--network", default="lora", choices=tuple(train_step.NETWORKS))
+    parser.add_argument("--optimizer", default="AdamW", metavar="NAME", help="as sd-scripts names it")
+    parser.add_argument("--full", action="store_true", help="a model of Stable Diffusion 1.5's size (4 GB)")
+    parser.add_argument("--builtin", action="store_true", help="train without kohya's trainer")
+    given = parser.parse_args(arguments)
+    return train_step.Options(given.network, given.optimizer, given.full, given.builtin)
+
+
+def _ready(settings: Settings) -> Generation:
+    configure.check_precision(settings)
+    generation = environment.build(settings)
+    generations.activate(Home(settings.home), generation)
+    generations.collect(Home(settings.home), settings.generations_kept)
+    configure.write_own(settings, generation)
+    return generation
+
+
+def _checkout(settings: Settings, apart: Settings) -> Path:
+    """The installed checkout; where there is none, one of our own."""
+    installed = Home(settings.home)
+    if (commits := checkout.present(installed)) is not None:
+        say(f"  using the checkout in {installed.root} at {commits.kohya_ss[:12]}")
+        return installed.root
+    try:
+        checkout.bring(apart)
+    except KohyaError as error:
+        raise StepFailed(
+            f"there is no checkout in {installed.root}, and none can be had: {error.what}",
+            "`nox -s train_step -- --builtin` trains without kohya's trainer; KOHYA_REPO_URL names another source",
+        ) from error
+    return apart.home

@@ -1,0 +1,69 @@
+"""What contributors and CI type: ``nox -l`` lists it, plain ``nox`` is the contributor's loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # plain `nox` does not, and the sessions call the package
+
+from kohya_mps import front, settings  # noqa: E402
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+
+DEV = ("--require-hashes", "-r", "constraints/dev.txt")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check format, style and types."""
+    session.install(*DEV)
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests that need neither the trainer's environment nor the real kohya_ss."""
+    session.install(*DEV)
+    marks = [] if "-m" in session.posargs else ["-m", "not environment"]
+    session.run("python", "-m", "pytest", *marks, *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def venv(session: nox.Session) -> None:
+    """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
+    from kohya_mps import install
+
+    front.run(lambda: install.build_environment(settings.load()))
+
+
+@nox.session(venv_backend="none", default=False)
+def smoke(session: nox.Session) -> None:
+    """Build the environment in isolation and run the smoke check in it."""
+    from kohya_mps import isolated
+
+    front.run(lambda: isolated.smoke_check(settings.load()))
+
+
+@nox.session(venv_backend="none", default=False)
+def train_step(session: nox.Session) -> None:
+    """Train a few steps with the real trainer in isolation [-- --help]."""
+    from kohya_mps import isolated
+
+    front.run(lambda: isolated.training_step(settings.load(), session.posargs))
+
+
+@nox.session(venv_backend="none", default=False)
+def lock(session: nox.Session) -> None:
+    """Make the hashed locks from their .in files [-- NAME ...]."""
+    from kohya_mps import constraints
+
+    for name in session.posargs or constraints.names():
+        constraints.make(name)

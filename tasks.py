@@ -1,0 +1,97 @@
+"""What a person types on their machine: ``invoke --list`` shows it, ``invoke --help TASK`` explains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke import task
+
+if TYPE_CHECKING:
+    from invoke import Context
+
+# The package is imported inside the tasks: listing them stays as fast as an empty file.
+
+JSON = "print the report as JSON to standard output"
+PRECISION = "no, fp16 or bf16, as far as the device and the profile allow"
+
+
+@task(
+    help={
+        "json": JSON,
+        "train_step": "--no-train-step leaves out the training step",
+        "verify": "--no-verify leaves out the smoke check and the training step",
+        "stash": "put local changes of the checkout away with git stash",
+        "replace_default": "back up and replace somebody else's accelerate default configuration",
+        "replace_venv": "move an environment that this project did not build aside",
+    }
+)
+def setup(
+    c: Context,
+    json: bool = False,
+    train_step: bool = True,
+    verify: bool = True,
+    stash: bool = False,
+    replace_default: bool = False,
+    replace_venv: bool = False,
+) -> None:
+    """Set up everything: checkout, environment, configuration, and a verified training step."""
+    from kohya_mps import front, install, settings
+
+    wanted = install.Wanted(verify, verify and train_step, stash, replace_default, replace_venv)
+    front.run(lambda: install.setup(settings.load(), wanted), json=json, dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "json": JSON,
+        "repo_url": "where to clone from",
+        "commit": "full commit id",
+        "stash": "put local changes away",
+    }
+)
+def clone(c: Context, json: bool = False, repo_url: str = "", commit: str = "", stash: bool = False) -> None:
+    """Check out the pinned kohya_ss and its sd-scripts."""
+    from kohya_mps import checkout, front, settings
+
+    front.run(
+        lambda: checkout.clone(settings.load(url=repo_url, commit=commit), stash=stash),
+        json=json,
+        dry=c.config.run.dry,
+    )
+
+
+@task(
+    help={
+        "json": JSON,
+        "mixed_precision": PRECISION,
+        "replace_default": "back up and replace a foreign default",
+    }
+)
+def configure(
+    c: Context, json: bool = False, mixed_precision: str = "", replace_default: bool = False
+) -> None:
+    """Write and check the accelerate configuration of the environment."""
+    from kohya_mps import front, install, settings
+
+    front.run(
+        lambda: install.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default),
+        json=json,
+        dry=c.config.run.dry,
+    )
+
+
+@task(help={"json": JSON, "full": "train a model of Stable Diffusion 1.5's full size"})
+def verify(c: Context, json: bool = False, full: bool = False) -> None:
+    """Check the installed environment and train a few steps in it."""
+    from kohya_mps import front, install, settings
+
+    front.run(lambda: install.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
+
+
+@task(help={"file": "a TOML configuration as train_network.py --config_file takes it"})
+def train(c: Context, file: str) -> None:
+    """Train with your own configuration, in the pinned environment."""
+    from kohya_mps import front, settings, train
+
+    front.run(lambda: train.train(settings.load(), Path(file)), dry=c.config.run.dry)
