@@ -87,7 +87,9 @@ def models(path: Path = PATH) -> Models:
     return read_yaml(path, Models)
 
 
-def estimate(training: Training, family: str, model: Model | None, data: Data | None, device: str) -> Estimate:
+def estimate(
+    training: Training, family: str, model: Model | None, data: Data | None, device: str
+) -> Estimate:
     """Reckon a training.
 
     Args:
@@ -149,7 +151,9 @@ def trained_parameters(training: Training, family: Family) -> int:
     options = training.network_options
     dim = training.network_dim if training.network_dim is not None else 4
     conv = _integer(options.get("conv_dim", ""))
-    parts = 0 if training.network_train_text_encoder_only else family.lora_unet * dim + family.lora_conv * conv
+    parts = (
+        0 if training.network_train_text_encoder_only else family.lora_unet * dim + family.lora_conv * conv
+    )
     if not training.network_train_unet_only:
         parts += family.lora_text_encoders * dim
     return max(0, parts) * (2 if options.get("algo") in ("loha", "glora") else 1)
@@ -164,7 +168,7 @@ def _optimizer_copies(name: str) -> float:
     """Numbers of four bytes that an optimizer keeps for each trained one."""
     if "8bit" in name:
         return 0.5
-    if name.startswith("prodigy") or name.startswith("dadapt"):
+    if name.startswith(("prodigy", "dadapt")):
         return 4
     if name == "adafactor":
         return 0.1  # rows and columns instead of the whole

@@ -143,7 +143,7 @@ class Finding(msgspec.Struct, frozen=True):
     def check(self) -> Check:
         """The report's row."""
         status = Status.FAIL if self.rule.level is Level.FAIL else Status.WARN
-        return Check(self.rule.about, status, f"{self.detail}. {self.failure.cause}", self.failure.remedy)
+        return Check(self.rule.about, status, f"{self.detail}: {self.failure.cause}", self.failure.remedy)
 
 
 def load(path: Path = PATH) -> tuple[Failure, ...]:
@@ -166,9 +166,7 @@ def known() -> tuple[Failure, ...]:
     return load()
 
 
-def ahead(
-    failures: tuple[Failure, ...], where: str, facts: Facts, situation: Situation
-) -> Iterator[Finding]:
+def ahead(failures: tuple[Failure, ...], where: str, facts: Facts, situation: Situation) -> Iterator[Finding]:
     """The failures that these facts lead to.
 
     Args:
