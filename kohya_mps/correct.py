@@ -310,7 +310,7 @@ def _command(file: TrainingFile, wanted: list[Wanted]) -> Corrected:
     if found is None:
         return Corrected(file.text, (), tuple(w.name for w in wanted))
     words, at = found
-    options = {name: span for name, span in _options(words[max(at, 0) :])}
+    options = dict(_options(words[max(at, 0) :]))
     options |= {f"launch_{name}": span for name, span in _options(words[: max(at, 0)])}
     changes, pieces, left = [], [], []
     for want in wanted:
