@@ -141,6 +141,20 @@ def held(home: Home) -> Iterator[None]:
         lock.release()
 
 
+def running(home: Home) -> int | None:
+    """The process that holds the installation now, if any."""
+    if not (home.state / "lock").exists():
+        return None
+    lock = FileLock(home.state / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _read_holder(home.state / "holder.json")
+        return holder.pid if holder else 0
+    lock.release()
+    return None
+
+
 def _read_holder(record: Path) -> _Holder | None:
     try:
         return msgspec.json.decode(record.read_bytes(), type=_Holder)
