@@ -119,16 +119,23 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
 
 
 def report(explanation: Explanation, log: str) -> Report:
-    """What was found, as the report of ``invoke explain``. An unknown failure is not a known one."""
+    """What was found, as the report of ``invoke explain``.
+
+    A log that could be explained is no failure of the command: its rows are warnings.
+    """
     checks = [
         Check(
             f"line {f.line}",
-            Status.FAIL,
+            Status.WARN,
             f"{f.text}\n{f.failure.cause}",
             f"{f.failure.remedy}{_sources(f.failure)}",
         )
         for f in explanation.found
     ]
+    if not checks:
+        last = f"; the last error: {explanation.last_error}" if explanation.last_error else ""
+        detail = f"none in {explanation.lines} lines{last}"
+        checks = [Check("known failures", Status.SKIP, detail)]
     extra = {
         "log": log,
         "failures": [
@@ -145,14 +152,8 @@ def report(explanation: Explanation, log: str) -> Report:
         "last_error": explanation.last_error,
         "lines": explanation.lines,
     }
-    summary: tuple[str, ...] = ()
-    if not checks:
-        last = f" Its last error: {explanation.last_error}" if explanation.last_error else ""
-        summary = (
-            f"No known failure in {log}.{last}",
-            "`invoke doctor` looks at the machine and the installation.",
-        )
-    return Report(f"Known failures in {log}" if checks else "", tuple(checks), extra, summary)
+    summary = () if explanation.found else ("`invoke doctor` looks at the machine and the installation.",)
+    return Report(f"Known failures in {log}", tuple(checks), extra, summary)
 
 
 def tell(output: str) -> bool:

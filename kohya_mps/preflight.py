@@ -84,6 +84,7 @@ FACTS = frozenset(Training.__struct_fields__ + Estimate.__struct_fields__ + Fact
 class Question(msgspec.Struct, frozen=True):
     """What is asked: a file, for which device, and where its relative paths begin.
 
+    ``trainer`` is the script that a file is meant for which does not say so itself.
     ``memory_gb`` is the memory of the machine that it is for, when that is another one.
     ``fix`` is where a corrected copy goes.
     """
@@ -91,6 +92,7 @@ class Question(msgspec.Struct, frozen=True):
     file: Path
     device: str = ""
     base: Path | None = None
+    trainer: str = ""
     memory_gb: float | None = None
     fix: Path | None = None
 
@@ -108,29 +110,52 @@ class Looked(msgspec.Struct, frozen=True):
     estimate: Estimate
 
 
-def check(settings: Settings, question: Question) -> Report:
+def question(file: str, device: str, memory: str, trainer: str, fix: str) -> Question:
+    """The question as it was typed; what is empty was not.
+
+    Raises:
+        UsageError: ``memory`` is no number of gigabytes.
+    """
+    try:
+        memory_gb = float(memory) if memory else None
+    except ValueError:
+        memory_gb = 0.0
+    if memory_gb is not None and not 0 < memory_gb < 1e6:
+        raise UsageError(f"--memory: {memory!r} is no number of gigabytes", "such as 16")
+    return Question(
+        Path(file),
+        device=device,
+        trainer=trainer,
+        memory_gb=memory_gb,
+        fix=Path(fix) if fix else None,
+    )
+
+
+def check(settings: Settings, asked: Question) -> Report:
     """Judge a training's settings.
 
     Raises:
         UsageError: the file cannot be read, there is no such device, or the corrected copy
             would overwrite something.
     """
-    device = question.device or expected_device()
+    device = asked.device or expected_device()
     if device not in DEVICES:
         raise UsageError(f"--device: there is no device {device!r}", f"accepted: {', '.join(DEVICES)}")
-    file = read(question.file)
+    file = read(asked.file)
+    if not file.trainer:
+        file = msgspec.structs.replace(file, trainer=asked.trainer)
     situation = situation_of(settings, device)
-    looked = look(file, device, question.base or Path.cwd())
-    memory = question.memory_gb or (_memory_gb() if device == expected_device() else None)
-    found = findings(looked, situation, question.base or Path.cwd(), memory)
+    looked = look(file, device, asked.base or Path.cwd())
+    memory = asked.memory_gb or (_memory_gb() if device == expected_device() else None)
+    found = findings(looked, situation, asked.base or Path.cwd(), memory)
     checks = [_read_row(looked, situation), *(finding.check() for finding in found)]
     checks += _passes(looked, {check.name for check in checks}, memory)
     fixed: list[correct.Change] = []
-    if question.fix:
-        fixed, more = _write_fix(looked, found, question.fix)
+    if asked.fix:
+        fixed, more = _write_fix(looked, found, asked.fix)
         checks += more
     extra = {
-        "file": str(question.file),
+        "file": str(asked.file),
         "kind": file.kind,
         "device": device,
         "profile": situation.profile_name,
@@ -140,7 +165,7 @@ def check(settings: Settings, question: Question) -> Report:
         "failures": [finding.failure.id for finding in found],
         "changes": fixed,
     }
-    return Report(f"Preflight of {question.file} for {device}", tuple(checks), extra, _next(found, question))
+    return Report(f"Preflight of {asked.file} for {device}", tuple(checks), extra, _next(found, asked))
 
 
 def situation_of(settings: Settings, device: str) -> Situation:
