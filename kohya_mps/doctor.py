@@ -43,7 +43,7 @@ class Asked(msgspec.Struct, frozen=True):
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What rules over the environment may ask for; nothing means unknown or not there.
 
-    Versions of installed packages are facts, too, as ``package.NAME``. ``_gb`` are
+    Versions of installed packages are facts, too, as ``package_NAME``, with underlines. ``_gb`` are
     gigabytes. Texts are ready to be told.
     """
 
@@ -105,7 +105,7 @@ def examine(settings: Settings, asked: Asked) -> Report:
         machine = _online(settings, machine)
     versions = inventory.versions(active.venv) if active else {}
     facts: dict[str, Any] = msgspec.structs.asdict(machine)
-    facts |= {f"package.{name}": version for name, version in versions.items()}
+    facts |= {f"package_{name.replace('-', '_')}": version for name, version in versions.items()}
     lock = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
     situation = Situation(expected_device(), settings.profile_name, settings.profile, lock)
     found = list(failures.ahead(failures.known(), "environment", facts, situation))

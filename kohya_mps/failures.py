@@ -19,6 +19,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from .errors import UsageError
+from .home import write
 from .report import Check, Status
 from .settings import CONFIG, Profile, read_yaml
 
@@ -212,6 +213,11 @@ def with_table(text: str, failures: tuple[Failure, ...]) -> str:
     if not (begin and end):
         raise UsageError("the markers of the troubleshooting table are missing", f"add {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{table(failures)}\n{END}{after}"
+
+
+def update(path: Path) -> None:
+    """Bring the table in a Markdown file up to date."""
+    write(path, with_table(path.read_text(encoding="utf-8"), known()).encode())
 
 
 def source_url(source: str) -> str:

@@ -193,8 +193,16 @@ def look(file: TrainingFile, device: str, base: Path) -> Looked:
         vae=base_model.look(vae, pictures.place(vae, base)) if vae else None,
         data=data,
         family=family,
-        estimate=estimate(training, family, model, data, device),
+        estimate=_estimate(file, training, family, model, data, device),
     )
+
+
+def _estimate(
+    file: TrainingFile, training: Training, family: str, model: Model | None, data: Data | None, device: str
+) -> Estimate:
+    if file.kind is Kind.DATASET:  # how it is trained is told elsewhere
+        return Estimate(pictures=sum(s.shown for s in data.sets) if data else None)
+    return estimate(training, file.trainer, family, model, data, device)
 
 
 def findings(looked: Looked, situation: Situation, base: Path, memory_gb: float | None) -> list[Finding]:

@@ -65,7 +65,14 @@ def read(path: Path) -> TrainingFile:
     is_script = path.suffix.lower() in _SCRIPTS or (
         path.suffix.lower() != ".toml" and _looks_like_command(text)
     )
-    return _command(path, text) if is_script else _toml(path, text, parse_toml(path, text))
+    if is_script:
+        return _command(path, text)
+    try:
+        return _toml(path, text, parse_toml(path, text))
+    except UsageError as error:
+        if path.suffix.lower() == ".toml":
+            raise
+        raise UsageError(f"{path} is none of the three (as TOML: {error.what})", _ACCEPTED) from error
 
 
 def read_text(path: Path) -> str:
@@ -328,9 +335,9 @@ def is_windows(path: Path, text: str) -> bool:
 
 def trainer_at(words: list[Word]) -> int | None:
     """Where the trainer's script stands in a command; -1 when only its options were pasted."""
-    for index, word in enumerate(words):
-        if _TRAINER.fullmatch(PureWindowsPath(word.value).name):
-            return index
+    scripts = [i for i, word in enumerate(words) if _TRAINER.fullmatch(PureWindowsPath(word.value).name)]
+    if scripts:
+        return scripts[-1]  # a launcher of the trainer may stand before it
     names = {word.value.removeprefix("--").partition("=")[0] for word in words if word.value.startswith("--")}
     only_options = bool(words) and words[0].value.startswith("--")
     return -1 if only_options and len(names & NAMES) >= 2 else None
