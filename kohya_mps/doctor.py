@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from . import configure, constraints, failures, generations, inventory, launch, smoke, sources, status
+from . import configure, constraints, failures, generations, inventory, launch, status
 from .errors import StepFailed
 from .failures import Situation
 from .generations import Generation
 from .home import Home
 from .process import capture, scrubbed, stream, uv
 from .report import Check, Report, Status, say
-from .settings import CONSTRAINTS, ROOT, Settings, expected_device, on_mac
+from .settings import CONSTRAINTS, ROOT, Settings, expected_device, memory_gb, on_mac
 
 # What torch takes when the variables are not set (aten/src/ATen/mps/MPSAllocator.h, unified memory).
 _HIGH_WATERMARK, _LOW_WATERMARK = 1.7, 1.4
@@ -155,7 +154,7 @@ def _machine(settings: Settings, home: Home, active: Generation | None, state: t
         xcode=_first_line(["xcode-select", "-p"]) if on_mac() else None,
         free_gb=shutil.disk_usage(place).free / 1e9,
         needed_gb=settings.profile.disk_gb["darwin" if on_mac() else "linux"],
-        memory_gb=psutil.virtual_memory().total / 1e9,
+        memory_gb=memory_gb(),
         conda=environ.get("CONDA_PREFIX") or None,
         other_venv=_other_venv(environ.get("VIRTUAL_ENV"), home),
         pythonpath=environ.get("PYTHONPATH") or None,
@@ -238,10 +237,14 @@ def _deep(settings: Settings, active: Generation | None) -> tuple[Check, ...]:
     """What needs torch: the smoke check, through accelerate as a training is."""
     if active is None:
         return (Check("torch", Status.SKIP, "there is no environment to import it from"),)
+    from . import smoke
+
     return smoke.run(settings, active).checks
 
 
 def _online(settings: Settings, machine: Machine) -> Machine:
+    from . import sources  # and what only it needs: the other rows are there without
+
     say("  asking the repository and the package index")
     reached, reason = _answers(
         ["git", "ls-remote", "--exit-code", settings.url, "HEAD"], {"GIT_TERMINAL_PROMPT": "0"}

@@ -100,7 +100,8 @@ def explain(log: str) -> Report:
 
 def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanation:
     """Read a log to its end and find the known failures in it."""
-    searches = _prepared(failures.known() if known is None else known)
+    order = failures.known() if known is None else tuple(known)
+    searches = _prepared(order)
     latest: dict[str, Found] = {}
     last_error = ""
     newlines, window = 0, b""
@@ -114,7 +115,11 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
             last_error = _readable(match[0])
         window = (window + piece)[-_OVERLAP:]
         newlines += (text.count(b"\n")) - _plain(window).count(b"\n")
-    newest_first = sorted(latest.values(), key=lambda found: -found.line)
+    by_line: dict[int, Found] = {}
+    for failure in order:  # of two that one line shows, the first of the data is the special one
+        if failure.id in latest:
+            by_line.setdefault(latest[failure.id].line, latest[failure.id])
+    newest_first = sorted(by_line.values(), key=lambda found: -found.line)
     return Explanation(tuple(newest_first), last_error, newlines + _plain(window).count(b"\n"))
 
 

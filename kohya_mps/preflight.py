@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from . import base_model, constraints, correct, failures, pictures
 from .base_model import Form, Model
@@ -23,7 +23,7 @@ from .estimate import Estimate, estimate, models
 from .failures import DEVICES, Finding, Situation
 from .pictures import Data
 from .report import Check, Report, Status
-from .settings import Settings, expected_device
+from .settings import Settings, expected_device, memory_gb
 from .training import Training, WrongType, typed
 from .training_file import Kind, TrainingFile, read
 
@@ -146,7 +146,7 @@ def check(settings: Settings, asked: Question) -> Report:
         file = msgspec.structs.replace(file, trainer=asked.trainer)
     situation = situation_of(settings, device)
     looked = look(file, device, asked.base or Path.cwd())
-    memory = asked.memory_gb or (_memory_gb() if device == expected_device() else None)
+    memory = asked.memory_gb or (memory_gb() if device == expected_device() else None)
     found = findings(looked, situation, asked.base or Path.cwd(), memory)
     checks = [_read_row(looked, situation), *(finding.check() for finding in found)]
     checks += _passes(looked, {check.name for check in checks}, memory)
@@ -345,7 +345,7 @@ def _output(training: Training, base: Path) -> tuple[str | None, float | None]:
         return f"{wanted} cannot be made: {existing} is not a directory", None
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{existing} is not writable for you", None
-    return None, psutil.disk_usage(str(existing)).free / 1e9
+    return None, shutil.disk_usage(existing).free / 1e9
 
 
 def _listed(items: tuple[str, ...] | list[str]) -> str | None:
@@ -379,10 +379,6 @@ def _has_tokenizer(training: Training, base: Path) -> bool:
 def _before_macos_14() -> bool | None:
     version = platform.mac_ver()[0]
     return int(version.partition(".")[0]) < 14 if version else None
-
-
-def _memory_gb() -> float:
-    return psutil.virtual_memory().total / 1e9
 
 
 def _read_row(looked: Looked, situation: Situation) -> Check:

@@ -213,6 +213,11 @@ def machine_wanted() -> str:
     return "arm64" if on_mac() else "x86_64"
 
 
+def memory_gb() -> float:
+    """The machine's memory in gigabytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
 def expected_device() -> str:
     """The device that training has to run on here: ``mps``, ``cuda`` or ``cpu``.
 

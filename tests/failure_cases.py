@@ -425,6 +425,9 @@ CASES = {
             '  File "x.py", line 3, in validate\nAssertionError: Torch not compiled with CUDA enabled',
         )
     ),
+    "cuda-asked-for": Cases(
+        log=log("AssertionError: Torch not compiled with CUDA enabled", "torch was compiled with CUDA")
+    ),
     "huber-with-snr": Cases(
         settings=settings({"loss_type": "huber"}, {"loss_type": "huber", "huber_schedule": "exponential"}),
         log=log(

@@ -55,7 +55,13 @@ def test_what_stands_before_decides_between_two_failures_with_one_message() -> N
 
     assert found(b"in switch_rng_state" + message) == [("validation-on-mps", 2)]
     assert found(b"in sample_images" + message) == [("sampling-with-old-scripts", 2)]
-    assert found(b"in sample_images" + b"." * 5000 + message) == []
+    assert found(b"in sample_images" + b"." * 5000 + message) == [("cuda-asked-for", 2)]
+
+
+def test_of_two_entries_that_one_line_shows_the_special_one_is_told() -> None:
+    log = b"ImportError: cannot import name 'cached_download' from 'huggingface_hub'"
+
+    assert found(log) == [("hub-cached-download", 1)]
 
 
 def test_the_last_error_of_an_unknown_failure_is_told() -> None:
