@@ -198,6 +198,8 @@ class _Tree:
         if self.record.exists():
             self._finish_interrupted()
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
+        if here and not self.is_submodule:
+            self._refuse_other_projects()
         changed = self._local_changes() if here else []
         if changed and not stash:
             listed = "\n".join(f"    {name}" for name in changed[:20])
@@ -249,6 +251,14 @@ class _Tree:
                     )
             self._git("checkout", "--quiet", "--detach", "--force", move.goes_to)
         self.record.unlink()
+
+    def _refuse_other_projects(self) -> None:
+        """A repository that was there before has to be one of kohya_ss, old or new."""
+        if self.made_here.exists() or self._git("ls-tree", "HEAD", "--", SUBMODULE, "kohya_gui.py"):
+            return
+        raise UsageError(
+            f"{self.path} is a git repository, but none of kohya_ss", "choose another place with KOHYA_HOME"
+        )
 
     def _keep(self, here: str) -> None:
         """A commit of the user's that no branch holds would be lost from sight: name it."""

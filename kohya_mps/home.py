@@ -79,7 +79,8 @@ def check_place(home: Home) -> None:
         raise UsageError(f"{existing} is not a directory, so {root} cannot be made", choose)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{existing} is not writable for you, so {root} cannot be used", choose)
-    for place in (home.state, root, *root.parents):
+    ours = (home.venv / "bin", home.venv, home.generations, home.state)
+    for place in (*ours, root, *root.parents):
         if place.exists() and (reason := _shared_with_others(place)):
             raise UsageError(
                 f"{place} {reason}: another user could replace the programs that run from {root}",
