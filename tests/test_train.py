@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,7 @@ def here(tmp_path: Path, said: Path) -> Settings:
         Manifest("validated", "lock", "3.11.9", "/usr/bin/python3.11", inventory.take(generation.venv), 1.0)
     )
     generations.activate(home, generation)
+    subprocess.run(["git", "init", "--quiet", str(home.root)], check=True)
     home.sd_scripts.mkdir()
     (home.sd_scripts / train.TRAINER).write_text("")
     return msgspec.structs.replace(settings.load(), home=home.root)
