@@ -222,7 +222,7 @@ def _topics(machine: Machine, settings: Settings, asked: Asked) -> Iterator[tupl
         yield "trainer's Python", machine.trainer_python or ""
         yield "tkinter", "is there, for the GUI"
         yield "packages", "none that needs CUDA, none that does not go with another"
-        yield "accelerate configuration", f"{machine.config}: use_cpu false"
+        yield "accelerate configuration", f"{machine.config}: use_cpu {str(machine.config_use_cpu).lower()}"
     yield "environment", "as it was built"
     if asked.online:
         yield "repository", f"{machine.repository} answers"

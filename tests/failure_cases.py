@@ -298,6 +298,13 @@ CASES = {
             "IsADirectoryError: [Errno 21] Is a directory: '/Users/me/pictures'",
         ),
     ),
+    "accelerate-configuration-missing": Cases(
+        environment=facts({"config_use_cpu": None}, {"config_use_cpu": False}),
+        log=log(
+            "FileNotFoundError: The passed configuration file `/x/accelerate.yaml` does not exist.",
+            "FileNotFoundError: 'configuration file'",
+        ),
+    ),
     "cpu-without-a-word": Cases(
         settings=Pair(Preflight(command("", "--cpu")), Preflight(command("", "--num_cpu_threads_per_process=2"))),
         environment=facts(
