@@ -108,9 +108,9 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
     while piece := stream.read(_CHUNK):
         text = _plain(window + piece)
         for found in _in_window(text, searches, newlines):
-            # The overlap is seen twice; the same line must not become older or newer by that.
-            latest.pop(found.failure.id, None)
-            latest[found.failure.id] = found
+            seen = latest.get(found.failure.id)
+            if seen is None or found.line >= seen.line:
+                latest[found.failure.id] = found
         for match in _EXCEPTION.finditer(text):
             last_error = _readable(match[0])
         window = (window + piece)[-_OVERLAP:]
@@ -193,8 +193,11 @@ def _in_window(text: bytes, searches: list[_Search], newlines: int) -> Iterator[
 
 
 def _spaced(text: str) -> re.Pattern[bytes]:
-    """The words of a text with any white space between them: logs are wrapped to the terminal."""
-    return re.compile(rb"\s+".join(re.escape(word) for word in text.encode().split()))
+    """The words of a text with any white space between them: logs are wrapped to the terminal.
+
+    The trainers' logger puts the place in the code at the end of a message's first line.
+    """
+    return re.compile(rb"\s+(?:\w+\.py:\d+\s+)?".join(re.escape(word) for word in text.encode().split()))
 
 
 def _plain(text: bytes) -> bytes:

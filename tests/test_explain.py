@@ -31,9 +31,14 @@ def test_colours_wrapping_and_redraws_do_not_hide_a_failure() -> None:
     coloured = (
         b"\x1b[1;31mValueError\x1b[0m: fp16 mixed \x1b[2mprecision\x1b[0m requires a\n   GPU (not\r\n 'mps')."
     )
+    in_columns = (
+        b"2026-11-23 16:36:01 ERROR    No data found. Please verify   train_network.py:563\n"
+        b"                             arguments (train_data_dir must                     \n"
+    )
     redrawn = b"steps: 1%\rsteps: 2%, avr_loss=nan\rsteps: 3%, avr_loss=nan\r"
 
     assert found(coloured) == [("fp16", 1)]
+    assert found(in_columns) == [("no-pictures", 1)]
     assert found(b"a\nb\n" + redrawn) == [("half-precision-vae", 3)]
 
 
@@ -41,6 +46,12 @@ def test_the_latest_failure_comes_first_with_its_last_line() -> None:
     log = FP16 + b"\nagain\n" + FP16 + b"\nNo module named 'xformers'\n"
 
     assert found(log) == [("xformers", 4), ("fp16", 3)]
+    assert found(b"No data found. Please verify arguments\nignore directory without repeats\n") == [
+        ("no-pictures", 2)
+    ]
+    assert found(b"ignore directory without repeats\nNo data found. Please verify arguments\n") == [
+        ("no-pictures", 2)
+    ]
 
 
 @pytest.mark.parametrize("place", [0, 1, 100, 16 * 1024, (1 << 20) - 30, 1 << 20, (1 << 20) + 5])
