@@ -16,6 +16,7 @@ from . import failures
 from .errors import UsageError
 from .failures import Failure
 from .report import Check, Report, Status, say
+from .settings import expected_device
 
 _CHUNK = 1 << 20
 # What is looked at again with the next piece: a sign and what stands before it lie within.
@@ -162,12 +163,15 @@ def report(explanation: Explanation, log: str) -> Report:
 
 
 def tell(output: str) -> bool:
-    """Explain the last lines of a program that failed, on standard error.
+    """Explain the last lines of a program that failed here, on standard error.
+
+    Failures of other devices than this machine's are left out.
 
     Returns:
         Whether a known failure was in them.
     """
-    explanation = search(io.BytesIO(output.encode(errors="replace")))
+    here = [failure for failure in failures.known() if expected_device() in failure.devices]
+    explanation = search(io.BytesIO(output.encode(errors="replace")), here)
     for found in explanation.found[:3]:
         say(f"\nknown failure: {found.text}")
         say(f"  why:   {found.failure.cause}")

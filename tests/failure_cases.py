@@ -391,14 +391,18 @@ CASES = {
         settings=settings({"xformers": True}, {"xformers": False}),
         log=log("ModuleNotFoundError: No module named 'xformers'", "Enable SDPA, xformers is not used"),
     ),
-    "xformers-not-installed": Cases(settings=settings({"xformers": True}, {"xformers": False})),
+    "xformers-not-installed": Cases(
+        settings=settings({"xformers": True}, {"xformers": False}),
+        log=log("ModuleNotFoundError: No module named 'xformers'", "Enable SDPA, xformers is not used"),
+    ),
     "attention": Cases(settings=settings({"sdpa": None}, {"sdpa": None, "mem_eff_attn": True})),
     "8-bit-optimizer": Cases(
         settings=settings({"optimizer_type": "PagedAdamW8bit"}, {"optimizer_type": "AdamW"}),
         log=log("ImportError: No bitsandbytes / bitsandbytes is missing", "use AdamW, not bitsandbytes"),
     ),
     "bitsandbytes-not-installed": Cases(
-        settings=settings({"optimizer_type": "AdamW8bit"}, {"optimizer_type": "Lion"})
+        settings=settings({"optimizer_type": "AdamW8bit"}, {"optimizer_type": "Lion"}),
+        log=log("ImportError: No bitsandbytes / bitsandbytes is missing", "use AdamW, not bitsandbytes"),
     ),
     "optimizer-package": Cases(
         settings=settings(

@@ -148,6 +148,15 @@ def test_invoke_takes_a_log_or_standard_input(arguments: list[str], tmp_path: Pa
     assert b"fp16 mixed precision requires a GPU" in done.stdout
 
 
+def test_what_is_a_failure_on_another_device_is_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "accelerator device: cpu"
+    monkeypatch.setattr(explain, "expected_device", lambda: "cpu")
+    assert not explain.tell(line)
+
+    monkeypatch.setattr(explain, "expected_device", lambda: "mps")
+    assert explain.tell(line)
+
+
 def test_the_end_of_a_failed_program_is_explained_on_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
