@@ -8,6 +8,7 @@ import pwd
 import shlex
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from .errors import Busy, UsageError
 from .process import RUN_MARK, end_leftovers
 
 STATE = ".kohya-mps"
+
+# What a killed run was just starting has its files open, the lock too, until it is its own program.
+_DYING_SECONDS = 5.0
 
 
 class Home(msgspec.Struct, frozen=True):
@@ -126,15 +130,7 @@ def held(home: Home) -> Iterator[None]:
     home.state.mkdir(parents=True, exist_ok=True)
     record = home.state / "holder.json"
     lock = FileLock(home.state / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = _read_holder(record)
-        who = f"process {holder.pid}" if holder else "another process"
-        raise Busy(
-            f"{home.root} is in use by {who}",
-            f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
-        ) from None
+    _acquire(lock, home, record)
     try:
         if left := _read_holder(record):
             end_leftovers(left.mark)
@@ -146,6 +142,33 @@ def held(home: Home) -> Iterator[None]:
     finally:
         os.environ.pop(RUN_MARK, None)
         lock.release()
+
+
+def _acquire(lock: FileLock, home: Home, record: Path) -> None:
+    deadline = time.monotonic() + _DYING_SECONDS
+    while True:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = _read_holder(record)
+            if holder and not _alive(holder.pid) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            who = f"process {holder.pid}" if holder else "another process"
+            raise Busy(
+                f"{home.root} is in use by {who}",
+                f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
+            ) from None
+        return
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def running(home: Home) -> int | None:

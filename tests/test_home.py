@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,27 @@ def test_a_lock_left_by_a_killed_process_is_taken_over_and_its_leftovers_end(hom
             pass
         left = psutil.Process(below) if psutil.pid_exists(below) else None
         assert left is None or left.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_waited_for(home: Home) -> None:
+    with holder(home) as (process, _):
+        record = home.state / "holder.json"
+        dead = subprocess.Popen([sys.executable, "-c", "pass"])
+        dead.wait()
+        real = record.read_bytes()
+        record.write_bytes(real.replace(str(process.pid).encode(), str(dead.pid).encode()))
+        threading.Timer(0.5, process.kill).start()
+        with held(home):
+            assert process.wait(5) == -signal.SIGKILL
+
+
+def test_a_lock_that_stays_held_is_refused_all_the_same(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(home_module, "_DYING_SECONDS", 0.2)
+    with holder(home) as (process, _):
+        record = home.state / "holder.json"
+        record.write_bytes(record.read_bytes().replace(str(process.pid).encode(), b"4194304"))
+        with pytest.raises(Busy), held(home):
+            pass
 
 
 def test_what_another_installation_runs_is_not_ended(home: Home, tmp_path: Path) -> None:
