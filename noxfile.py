@@ -109,8 +109,25 @@ def audit(session: nox.Session) -> None:
     session.run("python", "-m", "kohya_mps.audit", *session.posargs)
 
 
+@nox.session(venv_backend="none", default=False)
+def readme(session: nox.Session) -> None:
+    """Write README's table of known failures from config/failures.yaml."""
+    from kohya_mps import failures
+
+    failures.update(ROOT / "README.md")
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
     session.install(*DEV)
     session.run("python", "-m", "kohya_mps.bench", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def chaos(session: nox.Session) -> None:
+    """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
+    from kohya_mps import chaos
+
+    given = chaos.parse(session.posargs)
+    front.run(lambda: chaos.run(settings.load(), given), json=given.json)
