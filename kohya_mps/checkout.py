@@ -22,7 +22,7 @@ from .errors import KohyaError, StepFailed, UsageError
 from .home import STATE, Home, check_place, held, write
 from .process import Finished, capture, scrubbed, stream
 from .report import Check, Report, Status, say
-from .settings import Settings
+from .settings import Settings, without_secret
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
@@ -319,7 +319,7 @@ class _Tree:
         url = self.url()
         if self._run("remote", "get-url", "origin").returncode:
             self._git("remote", "add", "origin", url)
-        say(f"  fetching {commit[:12]} from {url}")
+        say(f"  fetching {commit[:12]} from {without_secret(url)}")
         # A complete clone of the user's must not become a shallow one.
         is_complete = self._has("HEAD") and not (self._git_dir() / "shallow").exists()
         one = self._download(*([] if is_complete else ["--depth", "1"]), url, commit)
@@ -338,7 +338,7 @@ class _Tree:
             raise self._unreachable(url, everything)
         if not self._has(commit):
             raise UsageError(
-                f"{url} has no commit {commit}",
+                f"{without_secret(url)} has no commit {commit}",
                 "check KOHYA_COMMIT and KOHYA_REPO_URL: is it in that repository?",
             )
 
@@ -366,7 +366,7 @@ class _Tree:
             f"it sent nothing for {self.stall_seconds:g} seconds" if finished.stalled else finished.last_line
         )
         return StepFailed(
-            f"{url} cannot be fetched: {reason}",
+            f"{without_secret(url)} cannot be fetched: {reason}",
             "check the network, or name a mirror or a local copy with KOHYA_REPO_URL "
             "(submodules: git config url.<base>.insteadOf)",
         )
