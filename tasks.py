@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # The package is imported inside the tasks: listing them stays as fast as an empty file.
 
 JSON = "print the report as JSON to standard output"
+RUN = "a run, or a project or settings file, whose latest run is meant"
 PRECISION = "no, fp16 or bf16, as far as the device and the profile allow"
 
 
@@ -89,9 +90,52 @@ def verify(c: Context, json: bool = False, full: bool = False) -> None:
     front.run(lambda: install.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
 
 
-@task(help={"file": "a TOML configuration as train_network.py --config_file takes it"})
-def train(c: Context, file: str) -> None:
-    """Train with your own configuration, in the pinned environment."""
+@task(
+    help={
+        "json": JSON,
+        "name": "the folder to make",
+        "images": "the folder with your pictures and their captions",
+        "model": "the base model: a .safetensors file, a diffusers folder or a name on Hugging Face",
+        "preset": "sd15-lora, sd15-locon or sdxl-lora",
+    }
+)
+def new(
+    c: Context, name: str, images: str, model: str = "", preset: str = "sd15-lora", json: bool = False
+) -> None:
+    """Make a project: settings for this machine, your pictures linked, sample prompts."""
+    from kohya_mps import front, project, settings
+
+    wanted = project.Wanted(Path(name), Path(images), model, preset)
+    front.run(lambda: project.new(settings.load(), wanted), json=json, dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "json": JSON,
+        "place": "a project, or a TOML configuration as train_network.py --config_file takes it",
+        "resume": "go on with the latest run of it, or with the run named",
+        "detach": "return at once; the training goes on",
+    }
+)
+def train(c: Context, place: str, resume: bool = False, detach: bool = False, json: bool = False) -> None:
+    """Train with your own settings, in the pinned environment, and show how it goes."""
     from kohya_mps import front, settings, train
 
-    front.run(lambda: train.train(settings.load(), Path(file)), dry=c.config.run.dry)
+    wanted = train.Wanted(resume, detach)
+    front.run(lambda: train.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
+
+
+@task(help={"place": RUN, "whole": "everything that the trainer prints"})
+def logs(c: Context, place: str = ".", whole: bool = False) -> None:
+    """Show how a running training goes, or how the last one went."""
+    from kohya_mps import front, train
+
+    front.run(lambda: train.logs(Path(place), whole=whole), dry=c.config.run.dry)
+
+
+@task(help={"json": JSON, "place": RUN})
+def stop(c: Context, place: str = ".", json: bool = False) -> None:
+    """Have a running training save its state and end."""
+    from kohya_mps import front, train
+
+    front.run(lambda: train.stop(Path(place)), json=json, dry=c.config.run.dry)

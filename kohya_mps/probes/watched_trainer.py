@@ -62,7 +62,9 @@ def check_room(place: Path, needed: int) -> None:
     """Refuse to begin a file that the disk has no room for."""
     free = shutil.disk_usage(place).free
     if free < needed + SPARE_BYTES:
-        raise DiskFull(f"{place} has {free / 1e6:.0f} MB left; the checkpoint needs {needed / 1e6:.0f} MB more")
+        raise DiskFull(
+            f"{place} has {free / 1e6:.0f} MB left; the checkpoint needs {needed / 1e6:.0f} MB more"
+        )
 
 
 @contextlib.contextmanager
@@ -198,7 +200,9 @@ class Watch:
         assert self.resume is not None
         extras = self.resume / f"watched_{self.rank}.pt"
         if not extras.is_file():
-            raise NoExactResume(f"{self.resume} was not saved by a run of as many processes: no {extras.name}")
+            raise NoExactResume(
+                f"{self.resume} was not saved by a run of as many processes: no {extras.name}"
+            )
         state = json.loads((self.resume / "train_state.json").read_text(encoding="utf-8"))
         self.target = int(state["current_step"])
         self.saved = torch.load(extras, weights_only=False)  # our own file
@@ -273,7 +277,9 @@ class Watch:
             from library import train_util
 
             name = train_util.default_if_none(args.output_name, train_util.DEFAULT_STEP_NAME)
-            accelerator.save_state(str(Path(args.output_dir) / train_util.STEP_STATE_NAME.format(name, self.step)))
+            accelerator.save_state(
+                str(Path(args.output_dir) / train_util.STEP_STATE_NAME.format(name, self.step))
+            )
         self.stopped = True
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -298,14 +304,16 @@ class Watch:
 
     def _memory(self) -> int:
         if torch.cuda.is_initialized():
-            return torch.cuda.memory_reserved()
+            return int(torch.cuda.memory_reserved())
         if torch.backends.mps.is_available():
-            return torch.mps.driver_allocated_memory()
-        return self.process.memory_info().rss
+            return int(torch.mps.driver_allocated_memory())
+        return int(self.process.memory_info().rss)
 
     # States
 
-    def save_state(self, original: Callable[..., Any], accelerator: Any, directory: str, **options: Any) -> Any:
+    def save_state(
+        self, original: Callable[..., Any], accelerator: Any, directory: str, **options: Any
+    ) -> Any:
         """``Accelerator.save_state``, whole, with what an exact continuation needs."""
         final = Path(directory)
         check_room(final.parent, state_bytes(accelerator))
@@ -345,7 +353,7 @@ class Watch:
             self.before_fetch = cpu_random()
         return original(group, index)
 
-    def order(self, original: Callable[..., Iterator[int]], sampler: Any, group_type: type) -> Iterator[int]:
+    def order(self, original: Callable[..., Iterator[int]], sampler: Any, group_type: Any) -> Iterator[int]:
         """``RandomSampler.__iter__``: the order of an epoch's batches."""
         if isinstance(sampler.data_source, group_type):
             sampler.data_source.watched = True
@@ -455,12 +463,19 @@ def attach(watch: Watch) -> None:
 
 def attach_to_trainer(watch: Watch, main: Any) -> None:
     """Wrap the trainer's own methods; its script is the running ``__main__``."""
-    trainers = [kind for kind in vars(main).values() if isinstance(kind, type) and hasattr(kind, "process_batch")]
+    trainers = [
+        kind for kind in vars(main).values() if isinstance(kind, type) and hasattr(kind, "process_batch")
+    ]
     if len(trainers) != 1:
         raise SystemExit(f"{main.__file__}: has no one trainer with process_batch: not known here")
 
     def log_step(
-        original: Callable[..., Any], trainer: Any, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int
+        original: Callable[..., Any],
+        trainer: Any,
+        accelerator: Any,
+        logs: dict[str, Any],
+        global_step: int,
+        epoch: int,
     ) -> None:
         watch.write_step(logs, global_step, epoch)
         original(trainer, accelerator, logs, global_step, epoch)
@@ -479,7 +494,7 @@ def main() -> None:
     script = Path(sys.argv[2])
     sys.argv = sys.argv[2:]
     # The trainer is the script, or the last one of a chain of scripts that run each other.
-    trainer = [argument for argument in sys.argv if argument.endswith("_network.py")][0]
+    trainer = next(argument for argument in sys.argv if argument.endswith("_network.py"))
     sys.path.insert(0, str(Path(trainer).resolve().parent))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: watch.stop_file.touch())
