@@ -126,7 +126,7 @@ def train(c: Context, place: str, resume: bool = False, detach: bool = False, js
 
 
 @task(help={"place": RUN, "whole": "everything that the trainer prints"})
-def logs(c: Context, place: str = ".", whole: bool = False) -> None:
+def logs(c: Context, place: str, whole: bool = False) -> None:
     """Show how a running training goes, or how the last one went."""
     from kohya_mps import front, train
 
@@ -134,8 +134,16 @@ def logs(c: Context, place: str = ".", whole: bool = False) -> None:
 
 
 @task(help={"json": JSON, "place": RUN})
-def stop(c: Context, place: str = ".", json: bool = False) -> None:
+def stop(c: Context, place: str, json: bool = False) -> None:
     """Have a running training save its state and end."""
     from kohya_mps import front, train
 
     front.run(lambda: train.stop(Path(place)), json=json, dry=c.config.run.dry)
+
+
+@task(help={"json": JSON, "place": RUN})
+def report(c: Context, place: str, json: bool = False) -> None:
+    """Write a run's report: one HTML file with curves, samples, settings and versions."""
+    from kohya_mps import front, run_report, settings
+
+    front.run(lambda: run_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,8 @@ from .home import write
 
 RUNS = "runs"
 SETTINGS = "train.toml"
+
+_LAUNCHER_SECONDS = 15
 
 T = TypeVar("T")
 
@@ -330,7 +333,7 @@ def resumable(run: Run) -> Saved:
         UsageError: it runs, or it is finished.
         StepFailed: it saved nothing.
     """
-    state = run.state()
+    state = _settled(run)
     if state is State.RUNNING:
         raise UsageError(f"{run.path} is still running", f"`invoke logs {run.path}` shows it")
     if state is State.FINISHED:
@@ -344,3 +347,14 @@ def resumable(run: Run) -> Saved:
             "`invoke train` starts a new run; save_every_n_steps with save_state = true decides how often one is saved",
         )
     return saved
+
+
+def _settled(run: Run) -> State:
+    """The state, waited for when only the launcher is left: it takes seconds to tell of a killed trainer."""
+    deadline = time.monotonic() + _LAUNCHER_SECONDS
+    begun = run.begun()
+    while (state := run.state()) is State.RUNNING and begun and time.monotonic() < deadline:
+        if psutil.pid_exists(begun.pid):
+            break
+        time.sleep(0.1)
+    return state
