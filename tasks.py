@@ -147,3 +147,19 @@ def report(c: Context, place: str, json: bool = False) -> None:
     from kohya_mps import front, run_report, settings
 
     front.run(lambda: run_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+
+
+@task(name="test-lora", help={"json": JSON, "place": RUN})
+def test_lora(c: Context, place: str, json: bool = False) -> None:
+    """Draw a picture with and without a run's LoRA, with diffusers on the device."""
+    from kohya_mps import front, lora_test, settings
+
+    front.run(lambda: lora_test.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+
+
+@task(help={"place": RUN, "port": "where it listens"})
+def tensorboard(c: Context, place: str, port: int = 6006) -> None:
+    """Show the runs of a project, or one run, in TensorBoard."""
+    from kohya_mps import front, run_report, settings
+
+    front.run(lambda: run_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import itertools
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from . import chart, constraints, receipt, runs, train
+from . import chart, constraints, launch, receipt, runs, train
 from .chart import Series
 from .generations import Generation
 from .home import Home, write
-from .report import Check, Report, Status
+from .install import installed
+from .process import stream
+from .report import Check, Report, Status, say
 from .runs import Run, State, Step
 from .settings import Settings
 
@@ -289,3 +292,15 @@ def _warnings(run: Run) -> str:
         else "<p class=note>The training was running when this was written.</p>"
     )
     return f"<h2>Warnings</h2>{body}{state}"
+
+
+def tensorboard(settings: Settings, place: Path, port: int) -> int:
+    """Serve the logs of a run, or of all runs of a project, until Ctrl-C; only to this machine."""
+    path = Path(os.path.abspath(place))
+    logs = path / runs.RUNS if (path / runs.RUNS).is_dir() else runs.find(place).tensorboard
+    generation = installed(Home(settings.home))
+    served = [str(generation.python), "-m", "tensorboard.main", "--logdir", str(logs)]
+    say(f"http://127.0.0.1:{port}/ shows {logs}; Ctrl-C ends it")
+    return stream(
+        [*served, "--host", "127.0.0.1", "--port", str(port)], env=launch.environ(generation)
+    ).returncode
