@@ -19,7 +19,7 @@ nox.options.reuse_existing_virtualenvs = True
 DEV = ("--require-hashes", "-r", "constraints/dev.txt")
 
 
-@nox.session
+@nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
     """Check format, style and types."""
     session.install(*DEV)
@@ -28,7 +28,7 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
+@nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
     """Run the tests that need neither the trainer's environment nor the real kohya_ss."""
     session.install(*DEV)
@@ -36,20 +36,27 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *marks, *session.posargs)
 
 
+@nox.session(tags=["ci"], default=False)
+def real(session: nox.Session) -> None:
+    """Run the tests that build the real environment and train in it."""
+    session.install(*DEV)
+    session.run("python", "-m", "pytest", "-m", "environment", *session.posargs)
+
+
 @nox.session(venv_backend="none", default=False)
 def venv(session: nox.Session) -> None:
     """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
-    from kohya_mps import install
+    from kohya_mps import environment
 
-    front.run(lambda: install.build_environment(settings.load()))
+    front.run(lambda: environment.renew(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
 def smoke(session: nox.Session) -> None:
-    """Build the environment in isolation and run the smoke check in it."""
+    """Build the environment in isolation and run the smoke check in it [-- --json]."""
     from kohya_mps import isolated
 
-    front.run(lambda: isolated.smoke_check(settings.load()))
+    front.run(lambda: isolated.smoke_check(settings.load()), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -57,7 +64,8 @@ def train_step(session: nox.Session) -> None:
     """Train a few steps with the real trainer in isolation [-- --help]."""
     from kohya_mps import isolated
 
-    front.run(lambda: isolated.training_step(settings.load(), session.posargs))
+    options, json = isolated.parse(session.posargs)
+    front.run(lambda: isolated.training_step(settings.load(), options), json=json)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -67,3 +75,10 @@ def lock(session: nox.Session) -> None:
 
     for name in session.posargs or constraints.names():
         constraints.make(name)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.bench", *session.posargs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from invoke import task
+from invoke.tasks import task
 
 if TYPE_CHECKING:
-    from invoke import Context
+    from invoke.context import Context
 
 # The package is imported inside the tasks: listing them stays as fast as an empty file.
 
@@ -163,3 +163,39 @@ def tensorboard(c: Context, place: str, port: int = 6006) -> None:
     from kohya_mps import front, run_report, settings
 
     front.run(lambda: run_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
+
+
+@task(help={"json": JSON})
+def status(c: Context, json: bool = False) -> None:
+    """Compare the machine with what was installed, item by item."""
+    from kohya_mps import front, settings, status
+
+    front.run(lambda: status.status(settings.load()), json=json, dry=c.config.run.dry)
+
+
+@task(help={"json": JSON, "list": "show the generations", "to": "the name of one; else the one before"})
+def rollback(c: Context, json: bool = False, list: bool = False, to: str = "") -> None:
+    """Go back to the previous environment, with its commit and configuration."""
+    from kohya_mps import front, rollback, settings
+
+    step = rollback.choices if list else lambda settings: rollback.rollback(settings, to)
+    front.run(lambda: step(settings.load()), json=json, dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "json": JSON,
+        "yes": "do not ask",
+        "delete_my_files": "remove the checkout even if it holds models, outputs or changes of yours",
+    }
+)
+def uninstall(c: Context, json: bool = False, yes: bool = False, delete_my_files: bool = False) -> None:
+    """Remove what was installed, and nothing of yours."""
+    from kohya_mps import front, settings, uninstall
+
+    step = uninstall.uninstall
+    front.run(
+        lambda: step(settings.load(), yes=yes, delete_my_files=delete_my_files),
+        json=json,
+        dry=c.config.run.dry,
+    )

@@ -23,6 +23,7 @@ from .settings import Settings
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
+MADE_HERE = "checkout-made-here"
 
 
 class Commits(msgspec.Struct, frozen=True):
@@ -83,6 +84,44 @@ def local_changes(path: Path) -> list[str]:
     return [entry[3:] for entry in entries if len(entry) > 3 and entry[2] == " "]
 
 
+def made_here(home: Home) -> bool:
+    """Whether this project made the checkout; one that was there before is the user's."""
+    return (home.state / MADE_HERE).exists()
+
+
+def belongings(home: Home) -> list[str]:
+    """What a checkout holds besides the commit's own files: the user's, as far as can be told.
+
+    Changed files, files that git does not track (models, outputs, datasets, ignored ones
+    too), stashes, branches, and repositories that were set aside. Compiled Python does not
+    count. Paths are relative to the checkout.
+    """
+    found = []
+    for tree, prefix in ((home.root, ""), (home.sd_scripts, f"{SUBMODULE}/")):
+        if not os.path.lexists(tree / ".git"):
+            continue
+        flags = ("--porcelain=v1", "-z", "--ignored", "--untracked-files=all", "--ignore-submodules=all")
+        entries = [entry[3:] for entry in _git(tree, "status", *flags).split("\0") if entry[2:3] == " "]
+        found += [prefix + entry for entry in entries if not _derived(entry)]
+        found += [f"{prefix}stash: {line}" for line in _git(tree, "stash", "list").splitlines()]
+        branches = _git(tree, "for-each-ref", "--format=%(refname:short)", "refs/heads").splitlines()
+        found += [f"{prefix}branch: {name}" for name in branches]
+    return found
+
+
+def _derived(entry: str) -> bool:
+    return (
+        "__pycache__/" in entry
+        or entry.rstrip("/") in ("venv", STATE, SUBMODULE)
+        or entry.startswith(f"{STATE}/")
+    )
+
+
+def interrupted(home: Home) -> bool:
+    """Whether a run was killed while it changed the checkout."""
+    return any(home.state.glob("moving-*.json"))
+
+
 def gitlink(home: Home, commit: str) -> str:
     """The commit of sd-scripts that a commit of kohya_ss names."""
     entry = _git(home.root, "ls-tree", commit, "--", SUBMODULE).split()
@@ -120,6 +159,7 @@ class _Tree:
         self.stall_seconds = settings.network_stall_seconds
         self.url = url
         self.is_submodule = path == home.sd_scripts
+        self.made_here = home.state / MADE_HERE
         self.record = home.state / f"moving-{path.name if self.is_submodule else 'kohya_ss'}.json"
 
     def bring(self, commit: str, stash: bool) -> None:
@@ -150,12 +190,16 @@ class _Tree:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         write(self.record, msgspec.json.encode(_Move("", commit)))
+        if not self.is_submodule:
+            write(self.made_here, b"")
         self._git("init", "--quiet")
 
     def _move(self, commit: str, stash: bool) -> None:
         if self.record.exists():
             self._finish_interrupted()
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
+        if here and not self.is_submodule:
+            self._refuse_other_projects()
         changed = self._local_changes() if here else []
         if changed and not stash:
             listed = "\n".join(f"    {name}" for name in changed[:20])
@@ -207,6 +251,14 @@ class _Tree:
                     )
             self._git("checkout", "--quiet", "--detach", "--force", move.goes_to)
         self.record.unlink()
+
+    def _refuse_other_projects(self) -> None:
+        """A repository that was there before has to be one of kohya_ss, old or new."""
+        if self.made_here.exists() or self._git("ls-tree", "HEAD", "--", SUBMODULE, "kohya_gui.py"):
+            return
+        raise UsageError(
+            f"{self.path} is a git repository, but none of kohya_ss", "choose another place with KOHYA_HOME"
+        )
 
     def _keep(self, here: str) -> None:
         """A commit of the user's that no branch holds would be lost from sight: name it."""

@@ -21,7 +21,7 @@ from .report import Check, Report, Status
 from .settings import PROBES, Settings, expected_device
 
 _MARK = "# Written by kohya-mps; it is replaced only while this digest fits: "
-BACKUP_SUFFIX = ".before-kohya-mps"
+_BACKUP = ".before-kohya-mps"
 
 
 def fields(settings: Settings) -> dict[str, object]:
@@ -71,10 +71,8 @@ def configure(settings: Settings, generation: Generation, *, replace_default: bo
         replace_default: back up somebody else's default configuration and replace it.
     """
     check_precision(settings)
-    own = write_own(settings, generation)
-    default = default_location()
-    checks = (own, _default(default, generation.accelerate_config, replace_default))
-    extra = {"config_file": str(generation.accelerate_config), "default_config": str(default)}
+    checks = (write_own(settings, generation), write_default(generation, replace=replace_default))
+    extra = {"config_file": str(generation.accelerate_config), "default_config": str(default_location())}
     return Report("accelerate configuration", checks, extra)
 
 
@@ -131,23 +129,43 @@ def is_ours(path: Path) -> bool:
     return head == _MARK + hashlib.sha256(body.encode()).hexdigest()
 
 
-def _default(path: Path, own: Path, replace: bool) -> Check:
-    name = "accelerate default"
-    body = own.read_text(encoding="utf-8")
+def backup(default: Path) -> Path:
+    """Where somebody else's default configuration is kept while ours is in its place."""
+    return default.with_name(default.name + _BACKUP)
+
+
+def original(kept: Path) -> Path:
+    """Where a backup belongs."""
+    return kept.with_name(kept.name.removesuffix(_BACKUP))
+
+
+def exists(path: Path) -> bool:
+    """Whether anything, a dangling link too, has this name."""
+    return os.path.lexists(path)
+
+
+def write_default(generation: Generation, *, replace: bool = False) -> Check:
+    """Copy a generation's configuration to accelerate's default location, if it is ours to write.
+
+    A file that this project did not write, or that was edited since, is named and left
+    alone; ``replace`` backs it up first.
+    """
+    name, path = "accelerate default", default_location()
+    body = generation.accelerate_config.read_text(encoding="utf-8")
     content = f"{_MARK}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
     note = ""
-    if os.path.lexists(path) and not is_ours(path):
+    if exists(path) and not is_ours(path):
         if not replace:
             found = "is a directory" if path.is_dir() else "was written by something else"
             return Check(
                 name, Status.WARN, f"{path} {found} and is left alone; only launches by other tools read it",
                 "`invoke configure --replace-default` backs it up and replaces it",
             )  # fmt: skip
-        backup = path.with_name(path.name + BACKUP_SUFFIX)
-        if os.path.lexists(backup):
-            raise UsageError(f"{backup} exists already and would be overwritten", "move it away first")
-        path.rename(backup)
-        note = f"; the one that was there is {backup.name}"
+        kept = backup(path)
+        if exists(kept):
+            raise UsageError(f"{kept} exists already and would be overwritten", "move it away first")
+        path.rename(kept)
+        note = f"; the one that was there is {kept.name}"
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != content:
             write(path, content.encode())

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import msgspec
 from . import constraints, generations, inventory, sources
 from .errors import StepFailed, UsageError
 from .generations import Generation, Manifest
-from .home import Home
+from .home import Home, check_place, held, write
 from .process import capture, scrubbed, stream, uv
-from .report import say
-from .settings import ROOT, Profile, Settings, on_mac
+from .report import Check, Report, Status, say
+from .settings import ROOT, Profile, Settings, machine_wanted, on_mac
 
 
 class Interpreter(msgspec.Struct, frozen=True):
@@ -58,6 +59,29 @@ def plan(settings: Settings) -> Plan:
     return Plan(lock, None, changed, differences)
 
 
+def renew(settings: Settings) -> Report:
+    """``nox -s venv``: build the environment and make it the active one.
+
+    Without checkout and verification; the configuration is that of the one before it.
+    """
+    home = Home(settings.home)
+    check_place(home)
+    planned = plan(settings)
+    with held(home):
+        generations.make_way(home, replace=False)
+        generation, before = build(settings, planned), generations.active(home)
+        if before and before.accelerate_config.exists() and not generation.accelerate_config.exists():
+            write(generation.accelerate_config, before.accelerate_config.read_bytes())
+        generations.activate(home, generation)
+        gone = generations.collect(home, settings.generations_kept)
+    how = "in place" if generation == planned.usable else "built"
+    built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
+    collected = Check(
+        "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
+    )
+    return Report(f"Environment of {home.root}", (built, collected), {"generation": generation.name})
+
+
 def build(settings: Settings, planned: Plan | None = None) -> Generation:
     """Bring about a complete generation of the profile's lock, beside the active one.
 
@@ -83,13 +107,13 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
     started = time.monotonic()
     generation = _fresh(home, settings, planned.lock, interpreter)
     try:
-        install(generation.venv, interpreter.path, planned.lock)
+        found = install(generation.venv, interpreter.path, planned.lock)
         manifest = Manifest(
             profile=settings.profile_name,
             lock=planned.lock.digest,
             python=interpreter.version,
             interpreter=interpreter.path,
-            inventory=inventory.take(generation.venv),
+            inventory=found,
             seconds=time.monotonic() - started,
         )
         generation.complete(manifest)
@@ -99,8 +123,8 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
     return generation
 
 
-def install(venv: Path, python: str, lock: constraints.Lock) -> None:
-    """Make a new environment at ``venv`` and install the lock into it with uv.
+def install(venv: Path, python: str, lock: constraints.Lock) -> inventory.Inventory:
+    """Make a new environment at ``venv``, install the lock into it with uv, and check the result.
 
     No version is resolved and nothing is built from source. Files come as links or clones
     from uv's cache, so a second environment costs next to no disk.
@@ -111,21 +135,41 @@ def install(venv: Path, python: str, lock: constraints.Lock) -> None:
     if make.returncode:
         raise StepFailed(f"uv cannot make an environment in {venv}: {make.stderr.strip()}")
     sync(venv, lock)
+    found = inventory.take(venv)
+    if found.incomplete:
+        names = ", ".join(found.incomplete)
+        say(f"  files of {names} are damaged in uv's cache: fetching them again")
+        capture([uv(), "cache", "clean", *found.incomplete])
+        sync(venv, lock, reinstall=found.incomplete)
+        found = inventory.take(venv)
     wanted = lock.versions(constraints.here(on_mac()))
-    if wrong := compare(wanted, inventory.versions(venv)):
+    wrong = compare(wanted, {name: found.distributions[name].version for name in found.distributions})
+    wrong += [f"{name} is incomplete" for name in found.incomplete]
+    if wrong:
         raise StepFailed(f"the environment does not hold what the lock says: {'; '.join(wrong[:5])}")
-    if damaged := inventory.wrong_sizes(venv):
-        say(f"  files of {', '.join(damaged)} are damaged in uv's cache: fetching them again")
-        capture([uv(), "cache", "clean", *damaged])
-        sync(venv, lock, reinstall=tuple(damaged))
+    return found
 
 
 def sync(venv: Path, lock: constraints.Lock, reinstall: tuple[str, ...] = ()) -> None:
-    """Install exactly the lock's packages with ``uv pip sync``, digests checked."""
-    command: list[str | Path] = [uv(), "pip", "sync", "--python", venv / "bin" / "python", "--require-hashes"]
-    command += ["--only-binary", ":all:", *(f"--reinstall-package={name}" for name in reinstall), lock.path]
+    """Install exactly the lock's packages with ``uv pip sync``, digests checked.
+
+    What uv's cache holds is taken without asking any index; then the index is asked, and
+    the extra indexes that pip is configured with only where that was not enough.
+    """
+    command = [uv(), "pip", "sync", "--python", str(venv / "bin" / "python"), "--require-hashes"]
+    command += [
+        "--only-binary",
+        ":all:",
+        *(f"--reinstall-package={name}" for name in reinstall),
+        str(lock.path),
+    ]
     # Not in the checkout: its pyproject.toml would configure uv.
-    done = stream(command, cwd=ROOT, env=scrubbed(extra=sources.for_uv()))
+    environ = scrubbed(extra=sources.for_uv())
+    if capture([*command, "--offline"], cwd=ROOT, env=environ).returncode == 0:
+        return
+    done = stream(command, cwd=ROOT, env=environ)
+    if done.returncode and (extra := sources.extra_for_uv()):
+        done = stream(command, cwd=ROOT, env=environ | extra)
     if done.returncode == 0:
         return
     if "Hash mismatch" in done.tail:
@@ -159,9 +203,18 @@ def compare(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
 def find_python(profile: Profile) -> Interpreter:
     """A Python of the profile's version, native to this machine; uv downloads one if there is none.
 
+    The one that runs this is taken when it fits.
+
     Raises:
         UsageError: none can be had, or this is a Mac and it is not native.
     """
+    own = Interpreter(
+        os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+        platform.python_version(),
+        platform.machine(),
+    )
+    if own.version.startswith(f"{profile.python}.") and own.machine == machine_wanted():
+        return own
     request = f"cpython-{profile.python}-macos-aarch64-none" if on_mac() else profile.python
     found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
     if found.returncode:
@@ -213,7 +266,8 @@ def _fresh(home: Home, settings: Settings, lock: constraints.Lock, interpreter: 
     number = 1
     while True:
         generation = Generation(home.generations / (name if number == 1 else f"{name}-{number}"))
-        if generation.path.exists() and generation.manifest() is None:
+        interrupted = generation.path.exists() and generation.manifest() is None
+        if interrupted and generation != generations.linked(home):
             generations.discard(generation)
         if not generation.path.exists():
             generation.path.mkdir(parents=True)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from .errors import StepFailed
+from .errors import StepFailed, UsageError
 from .home import Home, link, write
 from .inventory import Inventory
+from .report import say
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -90,15 +92,6 @@ class Generation(msgspec.Struct, frozen=True):
         except (OSError, ValueError):
             return 0
 
-    def size(self) -> int:
-        """Bytes on disk that go when this generation goes: files it shares are not counted."""
-        total = 0
-        for directory, _, files in os.walk(self.path):
-            for name in files:
-                stat = os.lstat(os.path.join(directory, name))  # noqa: PTH118 -- 25,000 times
-                total += stat.st_blocks * 512 if stat.st_nlink == 1 else 0
-        return total
-
 
 def present(home: Home) -> list[Generation]:
     """All generations of a home, the latest active one first, interrupted builds last."""
@@ -108,13 +101,18 @@ def present(home: Home) -> list[Generation]:
     return sorted(found, key=lambda generation: (generation.manifest() is None, -generation.turn()))
 
 
-def active(home: Home) -> Generation | None:
-    """The generation that ``venv`` links to, if it is there."""
+def linked(home: Home) -> Generation | None:
+    """The generation that ``venv`` links to, whatever state it is in."""
     if not home.venv.is_symlink():
         return None
     target = Path(os.path.normpath(home.venv.parent / home.venv.readlink()))
-    generation = Generation(target.parent)
-    return generation if generation.path.parent == home.generations and generation.manifest() else None
+    return Generation(target.parent) if target.parent.parent == home.generations else None
+
+
+def active(home: Home) -> Generation | None:
+    """The generation that ``venv`` links to, if it is complete."""
+    generation = linked(home)
+    return generation if generation and generation.manifest() else None
 
 
 def previous(home: Home) -> Generation | None:
@@ -125,10 +123,25 @@ def previous(home: Home) -> Generation | None:
 
 def foreign_venv(home: Home) -> bool:
     """Whether ``venv`` is something that this project did not put there."""
-    if home.venv.is_symlink():
-        target = Path(os.path.normpath(home.venv.parent / home.venv.readlink()))
-        return home.generations not in target.parents
-    return os.path.lexists(home.venv)
+    return os.path.lexists(home.venv) and linked(home) is None
+
+
+def make_way(home: Home, *, replace: bool) -> None:
+    """Move an environment that somebody else made aside when asked; it is never touched otherwise.
+
+    Raises:
+        UsageError: there is one, and ``replace`` was not asked for.
+    """
+    if not foreign_venv(home):
+        return
+    if not replace:
+        raise UsageError(
+            f"{home.venv} is an environment that this project did not build",
+            "`invoke setup --replace-venv` moves it aside (nothing is deleted)",
+        )
+    aside = home.root / f"venv.before-kohya-mps-{int(time.time())}"
+    home.venv.rename(aside)
+    say(f"      moved {home.venv} to {aside}")
 
 
 def activate(home: Home, generation: Generation) -> None:
@@ -139,7 +152,7 @@ def activate(home: Home, generation: Generation) -> None:
     """
     if generation.manifest() is None:
         raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
-    if active(home) != generation:
+    if active(home) != generation or not generation.turn():
         turns = [g.turn() for g in present(home)]
         write(generation._turn, str(max(turns, default=0) + 1).encode())
         link(home.venv, generation.venv)
@@ -154,7 +167,7 @@ def collect(home: Home, keep: int) -> list[str]:
     Returns:
         The names of what was removed.
     """
-    now = active(home)
+    now = linked(home)
     made_of = _origin(now) if now else None
     complete = [g for g in _complete(home) if g != now and g.turn() and _origin(g) != made_of]
     kept = [*([now] if now else []), *complete[: max(keep - 1, 0)]]

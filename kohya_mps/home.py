@@ -79,7 +79,8 @@ def check_place(home: Home) -> None:
         raise UsageError(f"{existing} is not a directory, so {root} cannot be made", choose)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{existing} is not writable for you, so {root} cannot be used", choose)
-    for place in (home.state, root, *root.parents):
+    ours = (home.venv / "bin", home.venv, home.generations, home.state)
+    for place in (*ours, root, *root.parents):
         if place.exists() and (reason := _shared_with_others(place)):
             raise UsageError(
                 f"{place} {reason}: another user could replace the programs that run from {root}",
@@ -139,6 +140,20 @@ def held(home: Home) -> Iterator[None]:
     finally:
         os.environ.pop(RUN_MARK, None)
         lock.release()
+
+
+def running(home: Home) -> int | None:
+    """The process that holds the installation now, if any."""
+    if not (home.state / "lock").exists():
+        return None
+    lock = FileLock(home.state / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _read_holder(home.state / "holder.json")
+        return holder.pid if holder else 0
+    lock.release()
+    return None
 
 
 def _read_holder(record: Path) -> _Holder | None:

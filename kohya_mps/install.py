@@ -22,7 +22,7 @@ from .home import Home, check_place, held
 from .process import capture
 from .receipt import Receipt, Verdict
 from .report import Check, Report, Status, say
-from .settings import Settings, expected_device, on_mac
+from .settings import Settings, expected_device, machine_wanted, on_mac
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -87,7 +87,7 @@ def _setup(settings: Settings, wanted: Wanted, home: Home, planned: Plan, ready:
     steps = _Steps(total=6)
     with steps.step("machine") as tell:
         tell(ready.status, ready.detail, ready.fix)
-        _make_way(home, wanted.replace_venv)
+        generations.make_way(home, replace=wanted.replace_venv)
     if steps.checks[-1].status is Status.FAIL:
         return Report("Setup", tuple(steps.checks), {"home": str(home.root), "device": None})
     commits: Commits | None = None
@@ -149,26 +149,6 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
     return Report(f"Verification of {home.root}", (*smoked.checks, *trained.checks), extra)
 
 
-def build_environment(settings: Settings) -> Report:
-    """``nox -s venv``: the environment and its configuration, without checkout and verification."""
-    home = Home(settings.home)
-    check_place(home)
-    configure.check_precision(settings)
-    planned = environment.plan(settings)
-    with held(home):
-        _make_way(home, replace=False)
-        generation = environment.build(settings, planned)
-        row = configure.write_own(settings, generation)
-        generations.activate(home, generation)
-        gone = generations.collect(home, settings.generations_kept)
-    how = "in place" if generation == planned.usable else "built"
-    built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
-    collected = Check(
-        "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
-    )
-    return Report(f"Environment of {home.root}", (built, row, collected), {"generation": generation.name})
-
-
 def reconfigure(settings: Settings, replace_default: bool) -> Report:
     """``invoke configure``: write the configuration anew; verdicts on another one no longer hold."""
     home = Home(settings.home)
@@ -198,8 +178,9 @@ def installed(home: Home) -> Generation:
     """The active generation.
 
     Raises:
-        UsageError: nothing is installed in this home.
+        UsageError: nothing is installed in this home, or others can write to it.
     """
+    check_place(home)
     generation = generations.active(home)
     if generation is None:
         raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
@@ -209,7 +190,7 @@ def installed(home: Home) -> Generation:
 def check_machine(settings: Settings, planned: Plan) -> Check:
     """What has to be there before anything is touched: architecture, git, Python and disk."""
     name = "machine"
-    machine, wanted = platform.machine(), "arm64" if on_mac() else "x86_64"
+    machine, wanted = platform.machine(), machine_wanted()
     if machine != wanted:
         what = (
             "this Python runs under Rosetta, or this is an Intel Mac"
@@ -239,20 +220,6 @@ def check_machine(settings: Settings, planned: Plan) -> Check:
         Status.PASS,
         f"{platform.system()} {machine}, {git.stdout.strip()}, expected device {expected_device()}",
     )
-
-
-def _make_way(home: Home, replace: bool) -> None:
-    """An environment that somebody else made is moved aside when asked, and never touched otherwise."""
-    if not generations.foreign_venv(home):
-        return
-    if not replace:
-        raise UsageError(
-            f"{home.venv} is an environment that this project did not build",
-            "`invoke setup --replace-venv` moves it aside (nothing is deleted)",
-        )
-    aside = home.root / f"venv.before-kohya-mps-{int(time.time())}"
-    home.venv.rename(aside)
-    say(f"      moved {home.venv} to {aside}")
 
 
 def _smoke(
@@ -357,6 +324,8 @@ def _conclude(
 ) -> Report:
     trained = record.train_step if record else None
     active = generations.active(home)
+    if generation and active and active != generation:
+        say(f"      the new environment did not pass; {active.name} stays the active one")
     extra = {
         "home": str(home.root),
         "environment": str(home.venv) if active else None,
@@ -372,10 +341,12 @@ def _conclude(
         "config_file": str(generation.accelerate_config) if generation else None,
     }
     report = Report(f"Setup of {home.root}", tuple(steps.checks), extra)
-    return msgspec.structs.replace(report, summary=_next(report, home, trained))
+    return msgspec.structs.replace(report, summary=_next(report, home, trained, generation))
 
 
-def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...]:
+def _next(
+    report: Report, home: Home, trained: Verdict | None, generation: Generation | None
+) -> tuple[str, ...]:
     """What to type next."""
     if not report.ok:
         return (
@@ -384,10 +355,15 @@ def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...
         )
     if trained is None:
         return ("", "Installed, not verified. `invoke verify` runs the smoke check and a training step.")
+    config = generation.accelerate_config if generation else ""
     who = "kohya's trainer" if trained.kohya_trainer_ran else "the built-in step"
     return (
         "",
         f"LoRA training works here: {who} trained on {trained.device}.",
-        "Train with your own settings:  invoke train FILE.toml",
-        f"The environment's Python:      {home.venv / 'bin' / 'python'}",
+        "",
+        f"checkout       {home.root}",
+        f"environment    {home.venv}",
+        f"configuration  {config}",
+        "next           invoke train FILE.toml    (your own settings)",
+        "               invoke status             (is everything still as it was installed?)",
     )

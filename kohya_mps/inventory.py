@@ -25,11 +25,19 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """An environment's distributions by canonical name, and what else lies beside them."""
+    """An environment's distributions by canonical name, and what else lies beside them.
+
+    ``entries`` are the names in site-packages, ``configuration`` a digest of ``pyvenv.cfg``
+    and of what ``bin/python`` links to, ``bytes`` the sum of all files' sizes, and
+    ``incomplete`` names the distributions with a file that is missing or has another size
+    than its wheel says.
+    """
 
     distributions: dict[str, Distribution]
     entries: tuple[str, ...]
     configuration: str
+    bytes: int
+    incomplete: tuple[str, ...]
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -53,16 +61,21 @@ def versions(venv: Path) -> dict[str, str]:
 def take(venv: Path) -> Inventory:
     """Look at every file of every distribution once."""
     site = site_packages(venv)
-    found = {
-        name: Distribution(version, _fingerprint(site, info)) for name, version, info in _distributions(site)
-    }
+    found, total, incomplete = {}, 0, []
+    for name, version, info in _distributions(site):
+        fingerprint, size, whole = _fingerprint(site, info)
+        found[name] = Distribution(version, fingerprint)
+        total += size
+        if not whole:
+            incomplete.append(name)
     entries = sorted(e.name for e in os.scandir(site) if e.name != "__pycache__") if site.is_dir() else []
     try:
         configuration = (venv / "pyvenv.cfg").read_text(encoding="utf-8")
         configuration += str((venv / "bin" / "python").readlink())
     except (OSError, UnicodeDecodeError):
         configuration = "missing"
-    return Inventory(found, tuple(entries), hashlib.sha256(configuration.encode()).hexdigest())
+    digest = hashlib.sha256(configuration.encode()).hexdigest()
+    return Inventory(found, tuple(entries), digest, total, tuple(incomplete))
 
 
 def differences(built: Inventory, now: Inventory) -> list[Difference]:
@@ -107,21 +120,6 @@ def _differs(path: Path, digest: str) -> bool:
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode() != digest.removeprefix("sha256=")
 
 
-def wrong_sizes(venv: Path) -> dict[str, list[Path]]:
-    """By distribution, the files that are missing or have another size than their wheel says."""
-    site = site_packages(venv)
-    wrong: dict[str, list[Path]] = {}
-    for name, _, info in _distributions(site):
-        for path, _, size in _record(info):
-            try:
-                is_size = os.stat(os.path.join(site, path)).st_size  # noqa: PTH116, PTH118 -- 25,000 times
-            except OSError:
-                is_size = -1
-            if is_size < 0 or (size and is_size != int(size)):
-                wrong.setdefault(name, []).append(site / path)
-    return wrong
-
-
 def _distributions(site: Path) -> Iterator[tuple[str, str, Path]]:
     for info in sorted(site.glob("*.dist-info")):
         name, _, version = info.name.removesuffix(".dist-info").partition("-")
@@ -136,13 +134,20 @@ def _record(info: Path) -> Iterator[tuple[str, str, str]]:
         return
 
 
-def _fingerprint(site: Path, info: Path) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(site: Path, info: Path) -> tuple[str, int, bool]:
+    """The fingerprint, the bytes, and whether each file is there in the size that its wheel says."""
+    facts: list[str] = []
+    total, whole = 0, True
     root = os.fspath(site) + os.sep
-    for path, _, _ in _record(info):
+    for path, _, size in _record(info):
         try:
             stat = os.stat(root + path)  # noqa: PTH116 -- 25,000 times
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         except OSError:
-            digest.update(f"{path}\0missing\n".encode())
-    return digest.hexdigest()[:32]
+            facts.append(f"{path}\0missing")
+            whole = False
+            continue
+        facts.append(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        total += stat.st_size
+        if size and stat.st_size != int(size):
+            whole = False
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32], total, whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -206,9 +205,9 @@ def _home(from_file: str) -> Path:
         raise UsageError(f"KOHYA_HOME: {value!r}: {error}", "write the path in full") from error
 
 
-def machine() -> str:
-    """The architecture of the running interpreter, as the wheel tags name it."""
-    return platform.machine()
+def machine_wanted() -> str:
+    """The architecture that the locks are made for, as ``platform.machine()`` says it."""
+    return "arm64" if on_mac() else "x86_64"
 
 
 def expected_device() -> str:

@@ -17,7 +17,6 @@ import platformdirs
 # pip's option, uv's variable, and what stands between several values there.
 _OPTIONS = (
     ("index-url", "UV_DEFAULT_INDEX", " "),
-    ("extra-index-url", "UV_INDEX", " "),
     ("find-links", "UV_FIND_LINKS", ","),
     ("trusted-host", "UV_INSECURE_HOST", " "),
     ("cert", "SSL_CERT_FILE", ""),
@@ -25,25 +24,42 @@ _OPTIONS = (
 
 
 def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The ``UV_*`` variables that say what pip's configuration says.
+    """The ``UV_*`` variables that say what pip's configuration says of its main sources.
 
-    A variable that the user set for uv wins over pip's. Every package is checked against
-    the lock's digests, so an extra index cannot bring in anything else.
+    A variable that the user set for uv wins over pip's.
     """
     source = os.environ if environ is None else environ
-    settings = dict(_from_files(source))
-    for option, _, _ in _OPTIONS:
-        if value := source.get("PIP_" + option.upper().replace("-", "_")):
-            settings[option] = value
+    settings = _settings(source)
     told: dict[str, str] = {}
     for option, variable, separator in _OPTIONS:
         values = settings.get(option, "").split() if separator else [settings.get(option, "")]
         if any(values) and variable not in source:
             told[variable] = separator.join(values)
-    if "UV_INDEX" in told and "UV_INDEX_STRATEGY" not in source:
-        # pip looks in every index; uv would stop at the first that knows the name.
-        told["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     return told
+
+
+def extra_for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The same for pip's extra indexes; nothing when there are none, or uv has its own.
+
+    Every package is checked against the lock's digests, so an extra index cannot bring in
+    anything else. pip looks in every index; uv would stop at the first that knows the name.
+    """
+    source = os.environ if environ is None else environ
+    indexes = _settings(source).get("extra-index-url", "").split()
+    if not indexes or "UV_INDEX" in source:
+        return {}
+    return {
+        "UV_INDEX": " ".join(indexes),
+        "UV_INDEX_STRATEGY": source.get("UV_INDEX_STRATEGY", "unsafe-best-match"),
+    }
+
+
+def _settings(environ: Mapping[str, str]) -> dict[str, str]:
+    settings = dict(_from_files(environ))
+    for option in (*(option for option, _, _ in _OPTIONS), "extra-index-url"):
+        if value := environ.get("PIP_" + option.upper().replace("-", "_")):
+            settings[option] = value
+    return settings
 
 
 def _from_files(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
