@@ -77,6 +77,14 @@ def lock(session: nox.Session) -> None:
         constraints.make(name)
 
 
+@nox.session(venv_backend="none", default=False)
+def readme(session: nox.Session) -> None:
+    """Write README's table of known failures from config/failures.yaml."""
+    from kohya_mps import failures
+
+    failures.update(ROOT / "README.md")
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""

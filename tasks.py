@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,13 +116,21 @@ def new(
         "place": "a project, or a TOML configuration as train_network.py --config_file takes it",
         "resume": "go on with the latest run of it, or with the run named",
         "detach": "return at once; the training goes on",
+        "preflight": "--no-preflight trains even with what is known to fail",
     }
 )
-def train(c: Context, place: str, resume: bool = False, detach: bool = False, json: bool = False) -> None:
+def train(
+    c: Context,
+    place: str,
+    resume: bool = False,
+    detach: bool = False,
+    preflight: bool = True,
+    json: bool = False,
+) -> None:
     """Train with your own settings, in the pinned environment, and show how it goes."""
     from kohya_mps import front, settings, train
 
-    wanted = train.Wanted(resume, detach)
+    wanted = train.Wanted(resume, detach, preflight)
     front.run(lambda: train.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
 
 
@@ -163,6 +172,72 @@ def tensorboard(c: Context, place: str, port: int = 6006) -> None:
     from kohya_mps import front, run_report, settings
 
     front.run(lambda: run_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "file": "a trainer's TOML, a JSON saved by the GUI, or a training command in a file",
+        "device": "check for mps, cuda or cpu instead of this machine's device",
+        "memory": "gigabytes of the machine that it is for, when that is another one",
+        "trainer": "the script that a TOML is for, such as sdxl_train_network.py",
+        "fix": "write a corrected copy to this file",
+        "json": JSON,
+    }
+)
+def preflight(
+    c: Context,
+    file: str,
+    device: str = "",
+    memory: str = "",
+    trainer: str = "",
+    fix: str = "",
+    json: bool = False,
+) -> None:
+    """Tell what is known to go wrong with a training, before it is started."""
+    from kohya_mps import front, preflight, settings
+
+    front.run(
+        lambda: preflight.check(settings.load(), preflight.question(file, device, memory, trainer, fix)),
+        json=json,
+        dry=c.config.run.dry,
+    )
+
+
+@task(
+    help={
+        "json": JSON,
+        "deep": "start torch as a training would, too",
+        "online": "ask the repository and the package index, too",
+    }
+)
+def doctor(c: Context, json: bool = False, deep: bool = False, online: bool = False) -> None:
+    """Look for known troubles of the machine and the installation."""
+    from kohya_mps import doctor, front, settings
+
+    front.run(
+        lambda: doctor.examine(settings.load(), doctor.Asked(deep, online)), json=json, dry=c.config.run.dry
+    )
+
+
+def _has_words(name: str) -> bool:
+    """Whether a task was typed with a word behind it that is no flag.
+
+    invoke knows no argument that is positional and can be left out: with a default it
+    takes no word, without one it wants a word. So the default depends on what was typed.
+    """
+    typed = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
+    return any(word == "-" or not word.startswith("-") for word in typed)
+
+
+@task(
+    positional=["log"],
+    help={"log": "a log or traceback; standard input when left out", "json": JSON},
+)
+def explain(c: Context, log: str | None = None if _has_words("explain") else "-", json: bool = False) -> None:
+    """Find known failures in a log or traceback and tell what mends them."""
+    from kohya_mps import explain, front
+
+    front.run(lambda: explain.explain(log or "-"), json=json, dry=c.config.run.dry)
 
 
 @task(help={"json": JSON})

@@ -80,7 +80,7 @@ def _guess(name: str) -> str:
     plain = name.lower()
     if re.search(r"xl\b|[-_]xl[-_]|sdxl", plain):
         return "sdxl"
-    if "flux" in plain:
+    if re.search(r"(^|[^a-z])flux([^a-z]|$)", plain):
         return "flux"
     if "stable-diffusion-3" in plain:
         return "sd3"

@@ -87,11 +87,14 @@ def models(path: Path = PATH) -> Models:
     return read_yaml(path, Models)
 
 
-def estimate(training: Training, family: str, model: Model | None, data: Data | None, device: str) -> Estimate:
+def estimate(
+    training: Training, trainer: str, family: str, model: Model | None, data: Data | None, device: str
+) -> Estimate:
     """Reckon a training.
 
     Args:
         training: its settings.
+        trainer: the script, which decides what is trained where no network is named.
         family: the base model's, a key of :class:`Models` or something else.
         model: the base model on disk, whose own numbers count where they were read.
         data: the pictures that were found.
@@ -107,14 +110,14 @@ def estimate(training: Training, family: str, model: Model | None, data: Data | 
     epochs = _up(steps, per_epoch) if steps is not None and per_epoch else training.max_train_epochs
     known = models().family(family)
     files = None if steps is None else _checkpoints(training, steps, epochs)
-    size = _checkpoint_gb(training, known) if known else None
+    size = _checkpoint_gb(training, trainer, known) if known else None
     return Estimate(
         steps=steps,
         epochs=epochs,
         pictures=shown if data else None,
         checkpoints=files,
         checkpoints_gb=None if files is None or size is None else files * size,
-        peak_gb=_peak_gb(training, known, model, data, device) if known else None,
+        peak_gb=_peak_gb(training, trainer, known, model, data, device) if known else None,
     )
 
 
@@ -138,21 +141,36 @@ def _checkpoints(training: Training, steps: int, epochs: int | None) -> int:
     return kept
 
 
-def trained_parameters(training: Training, family: Family) -> int:
+def trained_parameters(training: Training, trainer: str, family: Family) -> int:
     """How many numbers are trained.
 
-    LyCORIS' algorithms differ; loha holds two pairs where LoRA holds one, lokr and the
-    others fewer than LoRA, for which LoRA's number is the upper bound.
+    LyCORIS' algorithms differ: loha and glora hold two pairs where LoRA holds one, lokr the
+    factors of a matrix at most, ia3 one row; for the others LoRA's number is the upper bound.
     """
-    if not training.network_module:
-        return family.unet + (0 if training.network_train_unet_only else family.text_encoders)
+    if "textual_inversion" in trainer:
+        return 0  # a few vectors
+    everything = family.unet + (0 if training.network_train_unet_only else family.text_encoders)
     options = training.network_options
+    algorithm = options.get("algo", "").strip("\"'").lower()
+    if not training.network_module or algorithm == "full":
+        return everything
     dim = training.network_dim if training.network_dim is not None else 4
-    conv = _integer(options.get("conv_dim", ""))
-    parts = 0 if training.network_train_text_encoder_only else family.lora_unet * dim + family.lora_conv * conv
+    conv = _integer(options.get("conv_dim", "").strip("\"'"))
+    if algorithm == "ia3":
+        dim, conv = 1, 0
+    parts = (
+        0 if training.network_train_text_encoder_only else family.lora_unet * dim + family.lora_conv * conv
+    )
     if not training.network_train_unet_only:
         parts += family.lora_text_encoders * dim
-    return max(0, parts) * (2 if options.get("algo") in ("loha", "glora") else 1)
+    if algorithm == "lokr":
+        factor = _integer(options.get("factor", "")) or _LOKR_FACTOR
+        return max(0, min(parts // factor, everything // factor**2))
+    return max(0, parts) * (2 if algorithm in ("loha", "glora") else 1)
+
+
+# What LyCORIS chooses by itself for most matrices is larger: 20 for 320 by 320, 40 for 1280 by 1280.
+_LOKR_FACTOR = 16
 
 
 def _integer(text: str) -> int:
@@ -164,16 +182,16 @@ def _optimizer_copies(name: str) -> float:
     """Numbers of four bytes that an optimizer keeps for each trained one."""
     if "8bit" in name:
         return 0.5
-    if name.startswith("prodigy") or name.startswith("dadapt"):
+    if name.startswith(("prodigy", "dadapt")):
         return 4
     if name == "adafactor":
         return 0.1  # rows and columns instead of the whole
     return 1 if "lion" in name or "sgd" in name else 2
 
 
-def _checkpoint_gb(training: Training, family: Family) -> float:
-    count = trained_parameters(training, family)
-    if not training.network_module:
+def _checkpoint_gb(training: Training, trainer: str, family: Family) -> float:
+    count = trained_parameters(training, trainer, family)
+    if count and not training.network_module:
         count = family.unet + family.text_encoders + family.vae
     half = training.save_precision in ("fp16", "bf16") or training.full_fp16 or training.full_bf16
     size = count * (2 if half else 4)
@@ -183,14 +201,15 @@ def _checkpoint_gb(training: Training, family: Family) -> float:
 
 
 def _peak_gb(
-    training: Training, family: Family, model: Model | None, data: Data | None, device: str
+    training: Training, trainer: str, family: Family, model: Model | None, data: Data | None, device: str
 ) -> float:
     read = model.parameters if model else {}
     unet = read.get("unet", family.unet)
     parts = unet + read.get("text_encoders", family.text_encoders) + read.get("vae", family.vae)
-    width = 4 if training.mixed_precision == "no" else 2
+    # Only what a network is added to is held in half precision; what is trained itself is not.
+    width = 2 if training.network_module and training.mixed_precision != "no" else 4
     weights = parts * width / 1e9
-    trained = trained_parameters(training, family)
+    trained = trained_parameters(training, trainer, family)
     if unet < family.unet / 4:  # a small stand-in: what is trained shrinks with it
         trained = int(trained * unet / family.unet)
     # The weights of a network, their gradients and what the optimizer keeps, in float32.

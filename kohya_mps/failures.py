@@ -19,6 +19,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from .errors import UsageError
+from .home import write
 from .report import Check, Status
 from .settings import CONFIG, Profile, read_yaml
 
@@ -143,7 +144,7 @@ class Finding(msgspec.Struct, frozen=True):
     def check(self) -> Check:
         """The report's row."""
         status = Status.FAIL if self.rule.level is Level.FAIL else Status.WARN
-        return Check(self.rule.about, status, f"{self.detail}. {self.failure.cause}", self.failure.remedy)
+        return Check(self.rule.about, status, f"{self.detail}: {self.failure.cause}", self.failure.remedy)
 
 
 def load(path: Path = PATH) -> tuple[Failure, ...]:
@@ -166,9 +167,7 @@ def known() -> tuple[Failure, ...]:
     return load()
 
 
-def ahead(
-    failures: tuple[Failure, ...], where: str, facts: Facts, situation: Situation
-) -> Iterator[Finding]:
+def ahead(failures: tuple[Failure, ...], where: str, facts: Facts, situation: Situation) -> Iterator[Finding]:
     """The failures that these facts lead to.
 
     Args:
@@ -214,6 +213,11 @@ def with_table(text: str, failures: tuple[Failure, ...]) -> str:
     if not (begin and end):
         raise UsageError("the markers of the troubleshooting table are missing", f"add {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{table(failures)}\n{END}{after}"
+
+
+def update(path: Path) -> None:
+    """Bring the table in a Markdown file up to date."""
+    write(path, with_table(path.read_text(encoding="utf-8"), known()).encode())
 
 
 def source_url(source: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from pathlib import Path
@@ -104,8 +103,10 @@ def test(settings: Settings, place: Path) -> Report:
 
 
 def _model(run: Run) -> str:
-    told = dict(itertools.pairwise(run.record().command))
-    return told.get("--pretrained_model_name_or_path", run.record().model)
+    """The base model: a path in full, or a name on Hugging Face."""
+    record = run.record()
+    path = Path(record.base) / Path(record.model).expanduser()
+    return str(path) if path.exists() else record.model
 
 
 def _precision(training: Training) -> str:
@@ -114,13 +115,8 @@ def _precision(training: Training) -> str:
 
 def _prompt(run: Run) -> Prompt:
     """The first sample prompt, else the LoRA's name."""
-    told = Path(dict(itertools.pairwise(run.record().command)).get("--sample_prompts", ""))
-    if told.suffix == ".txt" and told.is_file():
-        lines = told.read_text(encoding="utf-8", errors="replace").splitlines()
-        first = next((line.strip() for line in lines if line.strip() and not line.startswith("#")), "")
-        if first:
-            return parse(first)
-    return Prompt(run.record().name)
+    prompts = run.prompts()
+    return parse(prompts[0]) if prompts else Prompt(run.record().name)
 
 
 def parse(line: str) -> Prompt:

@@ -25,8 +25,9 @@ _CAPTIONS = (".txt", ".caption", ".cap", ".tags", ".tag")
 class Folder(msgspec.Struct, frozen=True):
     """One folder of pictures: how often each is shown, and what is beside them.
 
-    ``other_captions`` counts pictures that have no caption with the chosen ending but one
-    with another; ``unseen`` names pictures that the trainer passes over for their ending.
+    ``bad_captions`` says which captions end the training, ``other_captions`` counts pictures
+    whose caption has another ending than the chosen one, by that ending, and ``unseen``
+    names pictures that the trainer passes over for theirs.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Folder(msgspec.Struct, frozen=True):
     regularization: bool = False
     pictures: tuple[Path, ...] = ()
     without_caption: int = 0
+    bad_captions: tuple[str, ...] = ()
     other_captions: Mapping[str, int] = {}
     unseen: tuple[str, ...] = ()
 
@@ -153,11 +155,12 @@ def _look(path: Path, repeats: int, regularization: bool, ending: str) -> Folder
     names = _names(path)
     present = set(names)
     pictures = [name for name in names if name.endswith(_ENDINGS)]
-    stems = [os.path.splitext(name)[0] for name in pictures]  # noqa: PTH122 -- as the trainer does
+    stems = [os.path.splitext(name)[0] for name in pictures]
     bare = [stem for stem in stems if stem + ending not in present]
     others = Counter(
         other for stem in bare if (other := next((e for e in _CAPTIONS if stem + e in present), ""))
     )
+    captions = [path / (stem + ending) for stem in stems if stem + ending in present]
     unseen = [n for n in names if not n.endswith(_ENDINGS) and _is_picture(n)]
     return Folder(
         path=path,
@@ -165,9 +168,22 @@ def _look(path: Path, repeats: int, regularization: bool, ending: str) -> Folder
         regularization=regularization,
         pictures=tuple(path / name for name in pictures),
         without_caption=len(bare),
+        bad_captions=tuple(problem for caption in captions if (problem := _caption_problem(caption))),
         other_captions=dict(others),
         unseen=tuple(unseen),
     )
+
+
+def _caption_problem(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(1_000_000)
+        text.decode()
+    except UnicodeDecodeError as error:
+        return "" if error.start > 999_990 else f"{path} is not UTF-8"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return "" if text else f"{path} is empty"
 
 
 def _is_picture(name: str) -> bool:
@@ -177,7 +193,7 @@ def _is_picture(name: str) -> bool:
 
 def _names(path: Path) -> list[str]:
     try:
-        return sorted(os.listdir(path))  # noqa: PTH208 -- names, thousands of them
+        return sorted(os.listdir(path))
     except OSError:
         return []
 
@@ -186,7 +202,8 @@ def _from_config(training: Training, base: Path) -> Data:
     path = place(training.dataset_config, base)
     if not os.path.isfile(path):
         return Data(missing=(f"{path} (dataset_config)",))
-    general, sets, missing = {}, [], []
+    sets: list[DataSet] = []
+    missing: list[str] = []
     config = _read_config(path)
     general = config["general"] if isinstance(config.get("general"), dict) else {}
     for data_set in _tables(config.get("datasets")):

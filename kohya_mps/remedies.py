@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from . import base_model, pictures
+from . import base_model, explain, pictures
 from .estimate import estimate
 from .report import Check, Status
 from .runs import Run, State
@@ -48,15 +49,23 @@ def of(run: Run) -> tuple[Check, ...]:
     if error.startswith("NoExactResume"):
         fix = "use as many processes as before (`invoke configure --processes N`), or start a new run"
         return (Check("resume", Status.FAIL, error.partition(": ")[2], fix),)
-    return (Check("error", Status.FAIL, error or _last_line(tail), f"its log: {run.log}"),)
+    known = explain.search(io.BytesIO(tail.encode())).found
+    return (
+        Check("error", Status.FAIL, error or _last_line(tail), f"its log: {run.log}"),
+        *(
+            Check("known failure", Status.FAIL, f"{f.text}: {f.failure.cause}", f.failure.remedy)
+            for f in known[:2]
+        ),
+    )
 
 
 def _not_finite(error: str) -> Check:
     return Check(
-        "loss",
+        "not finite",
         Status.FAIL,
         f"{error.partition(': ')[2]}: nothing was saved from it",
-        'a lower learning_rate; mixed_precision = "no"; for SDXL no_half_vae = true; look for broken pictures',
+        "resuming would repeat it. Start anew with a lower learning_rate, "
+        'with mixed_precision = "no", for SDXL with no_half_vae = true; and look for broken pictures',
     )
 
 
@@ -73,14 +82,16 @@ def _memory(run: Run, what: str) -> Check:
 def _savings(run: Run) -> Iterator[Saving]:
     """What saves memory, the cheapest in time and quality first."""
     record = run.record()
-    base = Path(record.settings).parent
+    base = Path(record.base)
     training, _ = typed(read(run.settings).settings, text=False)
     model = base_model.look(record.model, pictures.place(record.model, base))
     begun = run.begun()
     device = begun.device.partition(":")[0] if begun else record.expected_device
 
     def peak(changed: Training) -> float | None:
-        return estimate(changed, record.family, model, pictures.find(changed, base), device).peak_gb
+        return estimate(
+            changed, record.trainer, record.family, model, pictures.find(changed, base), device
+        ).peak_gb
 
     before = peak(training)
     for told, changed in _steps_down(training):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from . import chart, constraints, launch, receipt, runs, train
+from . import chart, constraints, launch, progress, receipt, runs, train
 from .chart import Series
 from .generations import Generation
 from .home import Home, write
@@ -111,7 +111,7 @@ def _head(run: Run, steps: list[Step]) -> str:
         facts += [
             ("steps", f"{steps[-1].step}{total}"),
             ("average loss", f"{steps[-1].average:.4f}"),
-            ("seconds per step", f"{train.progress.pace(steps):.2f}"),
+            ("seconds per step", f"{progress.pace(steps):.2f}"),
             ("memory at the peak", f"{max(step.memory for step in steps) / 1e9:.2f} GB"),
             ("time in steps", str(datetime.timedelta(seconds=round(sum(_spans(steps)))))),
         ]
@@ -204,7 +204,7 @@ def _samples(run: Run) -> str:
     if len(moments) > _MOST_MOMENTS:
         last = len(moments) - 1
         moments = [moments[i * last // (_MOST_MOMENTS - 1)] for i in range(_MOST_MOMENTS)]
-    prompts = _prompts(run)
+    prompts = [prompt.partition(" --")[0] for prompt in run.prompts()]
     head = "".join(f"<th>{_moment(moment)}</th>" for moment in moments)
     rows = []
     for number in sorted({prompt for _, prompt in drawn}):
@@ -214,25 +214,15 @@ def _samples(run: Run) -> str:
             else "<td></td>"
             for moment in moments
         )
-        rows.append(f"<tr><th>{escape(prompts.get(number, f'prompt {number}'))}</th>{cells}</tr>")
+        rows.append(
+            f"<tr><th>{escape(prompts[number] if number < len(prompts) else f'prompt {number}')}</th>{cells}</tr>"
+        )
     grid = f"<table class=samples><tr><th></th>{head}</tr>{''.join(rows)}</table>"
     return f"<h2>Samples</h2><div class=scroll>{grid}</div>"
 
 
 def _moment(moment: str) -> str:
     return f"epoch {int(moment[1:])}" if moment.startswith("e") else f"step {int(moment)}"
-
-
-def _prompts(run: Run) -> dict[int, str]:
-    """The prompts by number, as the trainer counts the lines of a text file."""
-    command = run.record().command
-    told = dict(itertools.pairwise(command)).get("--sample_prompts", "")
-    path = Path(told)
-    if path.suffix != ".txt" or not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return {number: line.partition(" --")[0] for number, line in enumerate(kept)}
 
 
 def _image(path: Path, what: str) -> str:

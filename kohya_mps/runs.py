@@ -22,6 +22,7 @@ import psutil
 from .checkout import Commits
 from .errors import StepFailed, UsageError
 from .home import write
+from .training_file import read
 
 RUNS = "runs"
 SETTINGS = "train.toml"
@@ -75,13 +76,15 @@ class Resumption(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a run was started with.
 
-    ``settings`` is the file it was asked for, whose copy lies in the run; ``model`` the base
-    model as the trainer was told; ``lock`` and ``accelerate_config`` are SHA-256 digests,
-    ``packages`` the versions that decide about numbers, ``started`` is in UTC.
+    ``settings`` is the file it was asked for, whose copy lies in the run; ``base`` what its
+    paths are relative to; ``model`` the base model as the trainer was told; ``lock`` and
+    ``accelerate_config`` are SHA-256 digests, ``packages`` the versions that decide about
+    numbers, ``started`` is in UTC.
     """
 
     name: str
     settings: str
+    base: str
     model: str
     family: str
     trainer: str
@@ -221,6 +224,15 @@ class Run(msgspec.Struct, frozen=True):
     def ended(self) -> Ended | None:
         """How the trainer says it ended."""
         return _decode(self.ended_file, Ended)
+
+    def prompts(self) -> tuple[str, ...]:
+        """The sample prompts, numbered as the trainer numbers the lines of a text file."""
+        told = read(self.settings).settings.get("sample_prompts")
+        path = Path(self.record().base) / str(told or "")
+        if path.suffix != ".txt" or not path.is_file():
+            return ()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
     def state(self) -> State:
         """What it is doing, or how it ended."""

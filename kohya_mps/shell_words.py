@@ -73,7 +73,12 @@ def _word(text: str, start: int, windows: bool) -> Word:
         if quote:
             if character == quote:
                 quote = ""
-            elif character == "\\" and quote == '"' and not windows and text[at + 1 : at + 2] in {'"', "\\", "$"}:
+            elif (
+                character == "\\"
+                and quote == '"'
+                and not windows
+                and text[at + 1 : at + 2] in {'"', "\\", "$"}
+            ):
                 at += 1
                 pieces.append(text[at])
             else:

@@ -8,22 +8,20 @@ run can damage what another one made.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from . import base_model, checkout, constraints, launch, progress, receipt, remedies, runs
+from . import base_model, checkout, constraints, launch, preflight, progress, receipt, remedies, runs
 from .base_model import Form, Model
-from .errors import Stopped, UsageError
+from .errors import StepFailed, Stopped, UsageError
 from .generations import Generation
 from .home import Home
 from .install import installed
+from .preflight import Question
 from .process import end_tree, start
 from .report import Check, Report, Status, say
 from .runs import Process, Record, Resumption, Run, Saved, State
@@ -35,11 +33,10 @@ SMALL_MARK = "made-small"
 
 _TRAINERS = {"sd15": "train_network.py", "sd2": "train_network.py", "sdxl": "sdxl_train_network.py"}
 
-# Settings that name a file or a folder. The trainer starts in its own folder; people mean
-# their paths from where the settings lie.
+# Settings that name a file or a folder.
 _PATHS = (
     "pretrained_model_name_or_path", "tokenizer_cache_dir", "vae", "train_data_dir", "reg_data_dir",
-    "dataset_config", "in_json", "network_weights", "sample_prompts", "base_weights", "resume",
+    "dataset_config", "in_json", "network_weights", "sample_prompts",
 )  # fmt: skip
 
 # The packages whose versions decide about a training's numbers.
@@ -51,17 +48,20 @@ class Wanted(msgspec.Struct, frozen=True):
 
     resume: bool = False
     detach: bool = False
+    preflight: bool = True
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """One training, ready to be started: the settings file, its folder and what is told besides."""
+    """One training, ready to be started.
+
+    ``base`` is where the trainer starts, and so what the settings' paths are relative to.
+    """
 
     file: TrainingFile
     base: Path
     name: str
     model: Model
     trainer: Path
-    arguments: tuple[str, ...]
 
 
 def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
@@ -70,10 +70,12 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
     Args:
         settings: the home and the profile.
         place: a project, a settings file or, to resume, a run.
-        wanted: to go on with the latest run; to return as soon as it is started.
+        wanted: to go on with the latest run; to return as soon as it is started; to look
+            for known failures first.
 
     Raises:
         UsageError: nothing is installed, or the settings cannot be trained with.
+        StepFailed: preflight found what cannot work, or there is no state to resume from.
         Stopped: the person ended it.
     """
     home = Home(settings.home)
@@ -83,7 +85,10 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
         child = resume(settings, generation, run, runs.resumable(run))
     else:
         file = runs.settings_file(place)
-        run, child = begin(settings, generation, plan(home, file, file.parent))
+        planned = plan(home, file, None)
+        if wanted.preflight:
+            _preflight(settings, planned)
+        run, child = begin(settings, generation, planned)
     say(f"run: {run.path}")
     if wanted.detach:
         return _detached(run)
@@ -91,13 +96,13 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
     return conclude(run)
 
 
-def plan(home: Home, file: Path, base: Path) -> Plan:
+def plan(home: Home, file: Path, base: Path | None) -> Plan:
     """Read a trainer's TOML and decide how it is trained.
 
     Args:
         home: the checkout with the trainers.
         file: the settings.
-        base: what their paths are relative to.
+        base: what their paths are relative to; decided by what is there when not given.
 
     Raises:
         UsageError: it is no TOML of a LoRA training, or of a base model that is not trained here.
@@ -113,9 +118,9 @@ def plan(home: Home, file: Path, base: Path) -> Plan:
             f"{file}: network_module is not set: `invoke train` trains LoRA",
             'network_module = "networks.lora"',
         )
-    paths = dict(_resolved(found.settings, base))
+    base = base or _base(found)
     named = str(found.settings.get("pretrained_model_name_or_path", ""))
-    model = base_model.look(named, Path(paths.get("pretrained_model_name_or_path", named)))
+    model = base_model.look(named, base / Path(named).expanduser())
     if model.form in (Form.MISSING, Form.DAMAGED):
         raise UsageError(f"{file}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file")
     if model.family and model.family not in _TRAINERS:
@@ -126,21 +131,30 @@ def plan(home: Home, file: Path, base: Path) -> Plan:
     if not trainer.is_file():
         raise UsageError(f"there is no checkout in {home.root}", "`invoke clone` brings it")
     name = str(found.settings.get("output_name") or base.name)
-    arguments = [word for path, value in paths.items() for word in (f"--{path}", *value.split(os.pathsep))]
-    return Plan(found, base, name, model, trainer, tuple(arguments))
+    return Plan(found, base, name, model, trainer)
 
 
-def _resolved(settings: Mapping[str, Any], base: Path) -> Iterator[tuple[str, str]]:
-    """The paths that lie beside the settings file, in full; several are joined by ``os.pathsep``."""
-    for name in _PATHS:
-        given = settings.get(name)
-        values: list[Any] = given if isinstance(given, list) else [given]
-        if not all(isinstance(value, str) and value for value in values):
-            continue
-        # What is not there may be meant otherwise: a model's name, a path in the trainer's folder.
-        found = [base / Path(value).expanduser() for value in values]
-        if all(path.exists() for path in found):
-            yield name, os.pathsep.join(os.path.abspath(path) for path in found)
+def _base(file: TrainingFile) -> Path:
+    """Where the settings' paths begin: beside the file, or else where the user stands."""
+    beside, here = file.path.parent, Path.cwd()
+    named = [Path(value).expanduser() for name in _PATHS if isinstance(value := file.settings.get(name), str)]
+    missing = [path for path in named if not (beside / path).exists()]
+    return here if any((here / path).exists() for path in missing) else beside
+
+
+def _preflight(settings: Settings, planned: Plan) -> None:
+    question = Question(planned.file.path, base=planned.base, trainer=planned.trainer.name)
+    checks = preflight.check(settings, question).checks
+    for row in checks:
+        if row.status is Status.WARN:
+            say(f"  {row.name}: {row.detail}\n    -> {row.fix}")
+    if bad := [row for row in checks if row.status is Status.FAIL]:
+        listed = "\n".join(f"  {row.name}: {row.detail}\n    -> {row.fix}" for row in bad)
+        raise StepFailed(
+            f"this training cannot work here:\n{listed}",
+            f"mend that (`invoke preflight {planned.file.path} --fix OUT` writes a corrected copy), "
+            "or train all the same with `--no-preflight`",
+        )
 
 
 def command(generation: Generation, planned: Plan, run: Run, saved: Saved | None) -> list[str]:
@@ -162,7 +176,7 @@ def command(generation: Generation, planned: Plan, run: Run, saved: Saved | None
 def trainer_arguments(planned: Plan, run: Run) -> list[str]:
     """What the trainer is told: the run's copy of the settings, and what is said above them."""
     return [
-        *("--config_file", str(run.settings), *planned.arguments),
+        *("--config_file", str(run.settings)),
         *("--output_dir", str(run.output), "--output_name", planned.name),
         *("--logging_dir", str(run.tensorboard)),
     ]
@@ -184,6 +198,7 @@ def begin(settings: Settings, generation: Generation, planned: Plan) -> tuple[Ru
     record = Record(
         name=planned.name,
         settings=str(planned.file.path),
+        base=str(planned.base),
         model=str(planned.file.settings["pretrained_model_name_or_path"]),
         family=planned.model.family,
         trainer=planned.trainer.name,
@@ -209,7 +224,7 @@ def resume(settings: Settings, generation: Generation, run: Run, saved: Saved) -
         say(f"{original} was changed since; this run goes on with its own copy, {run.settings}")
     if generation.name != record.generation:
         say(f"the run began in {record.generation} and goes on in {generation.name}: numbers may differ")
-    planned = plan(Home(settings.home), run.settings, original.parent)
+    planned = plan(Home(settings.home), run.settings, Path(record.base))
     planned = msgspec.structs.replace(planned, name=record.name)
     say(f"going on after step {saved.step}")
     run.forget_after(saved.step)
@@ -226,7 +241,7 @@ def resume(settings: Settings, generation: Generation, run: Run, saved: Saved) -
 
 def _start(run: Run, record: Record, generation: Generation, planned: Plan) -> subprocess.Popen[bytes]:
     environ = launch.environ(generation)
-    child = start(record.command, cwd=planned.trainer.parent, env=environ, log=run.log)
+    child = start(record.command, cwd=planned.base, env=environ, log=run.log)
     run.save(msgspec.structs.replace(record, process=Process.of(child.pid)))
     return child
 

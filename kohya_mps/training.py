@@ -67,6 +67,7 @@ class Training(msgspec.Struct, frozen=True):
     use_8bit_adam: bool = False
     use_lion_optimizer: bool = False
     learning_rate: float = 2e-6
+    unet_lr: float | None = None
     loss_type: str = "l2"
     huber_schedule: str = "snr"
     validation_split: float = 0.0
@@ -150,7 +151,7 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: 'a text in quotes',
+    str: "a text in quotes",
 }
 
 

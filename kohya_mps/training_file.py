@@ -62,8 +62,17 @@ def read(path: Path) -> TrainingFile:
         raise UsageError(f"{path} is empty", _ACCEPTED)
     if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
         return _gui(path, text, _json(path, text))
-    is_script = path.suffix.lower() in _SCRIPTS or (path.suffix.lower() != ".toml" and _looks_like_command(text))
-    return _command(path, text) if is_script else _toml(path, text, parse_toml(path, text))
+    is_script = path.suffix.lower() in _SCRIPTS or (
+        path.suffix.lower() != ".toml" and _looks_like_command(text)
+    )
+    if is_script:
+        return _command(path, text)
+    try:
+        return _toml(path, text, parse_toml(path, text))
+    except UsageError as error:
+        if path.suffix.lower() == ".toml":
+            raise
+        raise UsageError(f"{path} is none of the three (as TOML: {error.what})", _ACCEPTED) from error
 
 
 def read_text(path: Path) -> str:
@@ -147,7 +156,9 @@ def flattened(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _misnamed(flat: Values) -> tuple[str, ...]:
-    found = [f"{name} (the trainer's name: {_GUI_TO_TRAINER[name]})" for name in _GUI_TO_TRAINER if name in flat]
+    found = [
+        f"{name} (the trainer's name: {_GUI_TO_TRAINER[name]})" for name in _GUI_TO_TRAINER if name in flat
+    ]
     if not found:
         return ()
     return (f"the trainers ignore these names of the GUI without a word: {', '.join(found)}",)
@@ -210,8 +221,12 @@ def _gui(path: Path, text: str, data: dict[str, Any]) -> TrainingFile:
     told = _renamed(shown)
     told |= _attention(shown.get("xformers"))
     told |= _network(shown)
-    told["optimizer_type"] = shown.get("optimizer") or ("AdamW8bit" if shown.get("use_8bit_adam") else "AdamW")
-    if not _number(shown["max_train_steps"]) and not (shown.get("dataset_config") or _number(shown.get("max_train_epochs"))):
+    told["optimizer_type"] = shown.get("optimizer") or (
+        "AdamW8bit" if shown.get("use_8bit_adam") else "AdamW"
+    )
+    if not _number(shown["max_train_steps"]) and not (
+        shown.get("dataset_config") or _number(shown.get("max_train_epochs"))
+    ):
         told["max_train_epochs"] = shown.get("epoch") or 1  # what the GUI works the steps out from
     told.pop("use_8bit_adam", None)
     # The GUI leaves out what is empty, false or zero: the trainer's own default holds then.
@@ -262,7 +277,11 @@ def _is_sdxl(shown: Values) -> bool:
 
 
 def _gui_trainer(shown: Values) -> str:
-    families = (("sdxl_", _is_sdxl(shown)), ("flux_", shown.get("flux1_checkbox")), ("sd3_", shown.get("sd3_checkbox")))
+    families = (
+        ("sdxl_", _is_sdxl(shown)),
+        ("flux_", shown.get("flux1_checkbox")),
+        ("sd3_", shown.get("sd3_checkbox")),
+    )
     family = next((name for name, chosen in families if chosen), "")
     if shown.get("LoRA_type"):
         return f"{family}train_network.py"
@@ -282,7 +301,9 @@ _SCRIPTS = _WINDOWS_SCRIPTS | {".sh", ".command"}
 
 
 def _looks_like_command(text: str) -> bool:
-    return bool(re.search(r"(^|\s)--[a-z][\w]*", text)) and not re.match(r"\s*(\[|[\w.\"-]+[ \t]*=[ \t])", text)
+    return bool(re.search(r"(^|\s)--[a-z][\w]*", text)) and not re.match(
+        r"\s*(\[|[\w.\"-]+[ \t]*=[ \t])", text
+    )
 
 
 def _command(path: Path, text: str) -> TrainingFile:
@@ -314,9 +335,9 @@ def is_windows(path: Path, text: str) -> bool:
 
 def trainer_at(words: list[Word]) -> int | None:
     """Where the trainer's script stands in a command; -1 when only its options were pasted."""
-    for index, word in enumerate(words):
-        if _TRAINER.fullmatch(PureWindowsPath(word.value).name):
-            return index
+    scripts = [i for i, word in enumerate(words) if _TRAINER.fullmatch(PureWindowsPath(word.value).name)]
+    if scripts:
+        return scripts[-1]  # a launcher of the trainer may stand before it
     names = {word.value.removeprefix("--").partition("=")[0] for word in words if word.value.startswith("--")}
     only_options = bool(words) and words[0].value.startswith("--")
     return -1 if only_options and len(names & NAMES) >= 2 else None

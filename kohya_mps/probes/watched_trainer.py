@@ -175,6 +175,8 @@ class Watch:
         self.rank = 0
         self.process = psutil.Process()
         self.postponed: tuple[Any, Any] | None = None
+        self.mean_loss = math.nan
+        self.between_steps: dict[str, Any] = {}
 
     def _last_logged(self) -> int:
         lines = self.steps_file.read_text(encoding="utf-8").splitlines() if self.steps_file.exists() else []
@@ -215,6 +217,7 @@ class Watch:
         accelerator.load_state(str(self.resume))
         restore_random(self.saved["random"])
         self.before_fetch = self.saved["before_fetch"]
+        self.between_steps = cpu_random()
         self.replaying = False
 
     # Steps
@@ -228,6 +231,7 @@ class Watch:
             loss = self.saved["losses"][self.batches - 1]
             self.losses.append(loss)
             return torch.tensor(loss)
+        self.undisturbed()
         loss = original(*arguments, **options)
         self.unread.append(loss.detach())
         return loss
@@ -244,6 +248,18 @@ class Watch:
                 args.save_every_n_epochs = self.postponed[1] if self.postponed else None
             return
         self._read_losses(accelerator)
+        self.between_steps = cpu_random()
+
+    def undisturbed(self) -> None:
+        """Take back what was drawn from Python's and numpy's random numbers since the last step.
+
+        Drawing samples and saving use them, the first time in a process more than later: a
+        resumed run would flip other pictures. The trainer looks after torch's itself.
+        """
+        if self.between_steps:
+            random.setstate(self.between_steps["python"])
+            np.random.set_state(self.between_steps["numpy"])
+            self.between_steps = {}
 
     def _read_losses(self, accelerator: Any) -> None:
         # The trainer reads the loss itself right after this: no further wait for the device.
@@ -255,8 +271,6 @@ class Watch:
             self.losses.append(float(loss))
             self.mean_loss = value
         self.unread.clear()
-
-    mean_loss = math.nan
 
     def after_step(self, accelerator: Any, args: Any) -> None:
         """Stop here, when that was asked for."""
@@ -330,10 +344,11 @@ class Watch:
             torch.save(self._extras(), Path(output) / f".watched_{self.rank}.pt")
 
     def _extras(self) -> dict[str, Any]:
+        kept = {name: self.between_steps[name] for name in ("python", "numpy") if self.between_steps}
         return {
             "batches": self.batches,
-            "losses": self.losses + [float(loss) for loss in self.unread],
-            "random": all_random(),
+            "losses": self.losses,
+            "random": all_random() | kept,
             "epoch_start": self.epoch_start,
             "before_fetch": self.before_fetch,
         }
@@ -350,6 +365,7 @@ class Watch:
                 return {}
             restore_random(self.saved["before_fetch"])
         else:
+            self.undisturbed()
             self.before_fetch = cpu_random()
         return original(group, index)
 
