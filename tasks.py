@@ -68,16 +68,31 @@ def clone(c: Context, json: bool = False, repo_url: str = "", commit: str = "", 
         "json": JSON,
         "mixed_precision": PRECISION,
         "replace_default": "back up and replace a foreign default",
+        "processes": "trainings start so many processes on each machine, a GPU each; 1 goes back to one",
+        "machines": "how many machines train together",
+        "machine_rank": "which of them this is, from 0",
+        "main_address": "the first machine, as the others reach it",
+        "main_port": "a free port of the first machine",
     }
 )
 def configure(
-    c: Context, json: bool = False, mixed_precision: str = "", replace_default: bool = False
+    c: Context,
+    json: bool = False,
+    mixed_precision: str = "",
+    replace_default: bool = False,
+    processes: int = 0,
+    machines: int = 1,
+    machine_rank: int = 0,
+    main_address: str = "",
+    main_port: int = 29500,
 ) -> None:
     """Write and check the accelerate configuration of the environment."""
     from kohya_mps import front, install, settings
+    from kohya_mps.configure import Layout
 
+    layout = Layout(processes, machines, machine_rank, main_address, main_port) if processes else None
     front.run(
-        lambda: install.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default),
+        lambda: install.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default, layout),
         json=json,
         dry=c.config.run.dry,
     )

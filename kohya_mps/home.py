@@ -46,6 +46,11 @@ class Home(msgspec.Struct, frozen=True):
         return self.state / "verification"
 
     @property
+    def spread_config(self) -> Path:
+        """The accelerate configuration of trainings with more than one process; absent with one."""
+        return self.state / "several.yaml"
+
+    @property
     def sd_scripts(self) -> Path:
         """The submodule with the trainers."""
         return self.root / "sd-scripts"

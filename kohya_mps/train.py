@@ -157,7 +157,12 @@ def _preflight(settings: Settings, planned: Plan) -> None:
         )
 
 
-def command(generation: Generation, planned: Plan, run: Run, saved: Saved | None) -> list[str]:
+def configuration(home: Home, generation: Generation) -> Path:
+    """The accelerate configuration of a training: of several processes where that was configured."""
+    return home.spread_config if home.spread_config.is_file() else generation.accelerate_config
+
+
+def command(generation: Generation, config: Path, planned: Plan, run: Run, saved: Saved | None) -> list[str]:
     """What is started: the trainer, watched, with everything that it writes kept in the run."""
     orders = {
         "steps": str(run.steps_file),
@@ -170,7 +175,9 @@ def command(generation: Generation, planned: Plan, run: Run, saved: Saved | None
     if _is_small(planned):
         chain.append(str(PROBES / "small_trainer.py"))
     awake = ["/usr/bin/caffeinate", "-i", "-m"] if on_mac() else []
-    return awake + launch.argv(generation, *chain, str(planned.trainer), *trainer_arguments(planned, run))
+    return awake + launch.argv(
+        generation, *chain, str(planned.trainer), *trainer_arguments(planned, run), config=config
+    )
 
 
 def trainer_arguments(planned: Plan, run: Run) -> list[str]:
@@ -191,7 +198,8 @@ def begin(settings: Settings, generation: Generation, planned: Plan) -> tuple[Ru
     """Make the run's directory and start the trainer."""
     run = runs.new(planned.file.path)
     shutil.copyfile(planned.file.path, run.settings)
-    argv = command(generation, planned, run, None)
+    config = configuration(Home(settings.home), generation)
+    argv = command(generation, config, planned, run, None)
     manifest = generation.manifest()
     assert manifest is not None  # it is the active one
     distributions = manifest.inventory.distributions
@@ -208,7 +216,7 @@ def begin(settings: Settings, generation: Generation, planned: Plan) -> tuple[Ru
         generation=generation.name,
         profile=settings.profile_name,
         lock=manifest.lock,
-        accelerate_config=constraints.digest(generation.accelerate_config),
+        accelerate_config=constraints.digest(config),
         packages={name: distributions[name].version for name in _DECISIVE if name in distributions},
         commits=checkout.present(Home(settings.home)),
     )
@@ -231,7 +239,7 @@ def resume(settings: Settings, generation: Generation, run: Run, saved: Saved) -
     for file in (run.ended_file, run.stop_file, run.begun_file):
         file.unlink(missing_ok=True)
     again = Resumption(receipt.now(), saved.step, generation.name)
-    argv = command(generation, planned, run, saved)
+    argv = command(generation, configuration(Home(settings.home), generation), planned, run, saved)
     record = msgspec.structs.replace(
         record, command=tuple(argv), resumed=(*record.resumed, again), process=None
     )
@@ -319,7 +327,9 @@ def conclude(run: Run) -> Report:
     """What came of a run, as a report."""
     state, steps, begun = run.state(), run.steps(), run.begun()
     record = run.record()
-    reached = steps[-1].step if steps else 0
+    ended = run.ended()
+    # Only the first of several machines has the steps; each knows how it ended.
+    reached = ended.step if ended else steps[-1].step if steps else 0
     total = begun.total if begun else None
     checks = [
         Check(

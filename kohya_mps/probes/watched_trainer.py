@@ -423,6 +423,7 @@ def attach(watch: Watch) -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
+    from accelerate.utils import DistributedType
     from library import train_util
 
     output: list[str] = []
@@ -458,6 +459,14 @@ def attach(watch: Watch) -> None:
         watch.before_barrier(output[0] if output else None)
         original(accelerator)
 
+    def prepare_model(original: Callable[..., Any], accelerator: Any, model: Any, **options: Any) -> Any:
+        # accelerate 1.3.0 leaves frozen models alone on GPUs; on CPUs it hands them to DDP,
+        # which refuses them (accelerator.py, lines 1461 and 1599).
+        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        if frozen and accelerator.distributed_type == DistributedType.MULTI_CPU:
+            options["evaluation_mode"] = True
+        return original(accelerator, model, **options)
+
     def fetch(original: Callable[..., Any], group: Any, index: int) -> Any:
         return watch.fetch(original, group, index)
 
@@ -469,6 +478,7 @@ def attach(watch: Watch) -> None:
     train_util.DatasetGroup.watched = False
     wrap(train_util.DatasetGroup, "__getitem__", fetch)
     wrap(RandomSampler, "__iter__", order)
+    wrap(Accelerator, "prepare_model", prepare_model)
     wrap(Accelerator, "save_state", watch.save_state)
     wrap(Accelerator, "wait_for_everyone", barrier)
     wrap(Accelerator, "backward", unless_replaying)
