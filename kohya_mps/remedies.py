@@ -18,6 +18,7 @@ from .training import Training, typed
 from .training_file import read
 
 _LAST_BYTES = 64_000
+_LAST_WORDS = 1000
 
 # What torch says on MPS, on CUDA and on the CPU when a tensor finds no room.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
@@ -42,20 +43,23 @@ def of(run: Run) -> tuple[Check, ...]:
         return (Check("disk", Status.FAIL, error.partition(": ")[2], fix),)
     if _OUT_OF_MEMORY.search(error) or (not error and _OUT_OF_MEMORY.search(tail)):
         return (_memory(run, "the device's memory did not suffice"),)
-    if run.state() is State.DIED:
-        return (
-            _memory(run, "the trainer was killed: by you, by a restart, or by the system for want of memory"),
-        )
     if error.startswith("NoExactResume"):
         fix = "use as many processes as before (`invoke configure --processes N`), or start a new run"
         return (Check("resume", Status.FAIL, error.partition(": ")[2], fix),)
-    known = explain.search(io.BytesIO(tail.encode())).found
-    return (
-        Check("error", Status.FAIL, error or _last_line(tail), f"its log: {run.log}"),
-        *(
-            Check("known failure", Status.FAIL, f"{f.text}: {f.failure.cause}", f.failure.remedy)
-            for f in known[:2]
-        ),
+    if run.state() is State.DIED and ("Traceback" not in tail or "SIGKILL" in tail) and not _known(tail):
+        return (
+            _memory(run, "the trainer was killed: by you, by a restart, or by the system for want of memory"),
+        )
+    return (Check("error", Status.FAIL, error or _last_line(tail), f"its log: {run.log}"), *_known(tail))
+
+
+def _known(tail: str) -> tuple[Check, ...]:
+    """Known failures in what was printed at the end; what came before the error is no reason for it."""
+    end = tail[tail.find("Traceback") :] if "Traceback" in tail else tail[-_LAST_WORDS:]
+    found = explain.search(io.BytesIO(end.encode())).found
+    return tuple(
+        Check("known failure", Status.FAIL, f"{f.text}: {f.failure.cause}", f.failure.remedy)
+        for f in found[:2]
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
         run, child = begin(settings, generation, planned)
     say(f"run: {run.path}")
     if wanted.detach:
+        # Somebody has to take its exit status while this process lives.
+        threading.Thread(target=child.wait, daemon=True).start()
         return _detached(run)
     _look_on(run, child)
     return conclude(run)
