@@ -242,4 +242,5 @@ def write_default(generation: Generation, *, replace: bool = False) -> Check:
 
 def _unlike(found: object, wanted: object) -> bool:
     # accelerate turns some of its fields into enumerations of its own.
-    return str(found).upper().rpartition(".")[2] != str(wanted).upper()
+    told = str(found).upper()
+    return str(wanted).upper() not in (told, told.rpartition(".")[2])
