@@ -151,7 +151,9 @@ class Watch:
     """What is known of the running training, and what the wrapped functions do.
 
     ``batches`` counts the batches that were trained, ``fetches`` those that were read:
-    accelerate reads one ahead. ``losses`` has one for each batch.
+    accelerate reads one ahead. ``losses`` has one for each batch, ``mean_loss`` is the last
+    step's, over its batches and all processes. ``between_steps`` are the random states that
+    the next step has to find.
     """
 
     def __init__(self, orders: dict[str, Any]) -> None:
@@ -189,7 +191,7 @@ class Watch:
         self.rank, self.total = accelerator.process_index, args.max_train_steps
         if self.resume:
             self._prepare_replay(args)
-        if self.rank == 0:
+        if accelerator.is_local_main_process:
             about = {
                 "total": self.total,
                 "device": str(accelerator.device),
@@ -216,7 +218,7 @@ class Watch:
     def _end_replay(self, accelerator: Any) -> None:
         accelerator.load_state(str(self.resume))
         restore_random(self.saved["random"])
-        self.before_fetch = self.saved["before_fetch"]
+        self.before_fetch, self.mean_loss = self.saved["before_fetch"], self.saved["mean_loss"]
         self.between_steps = cpu_random()
         self.replaying = False
 
@@ -263,14 +265,14 @@ class Watch:
 
     def _read_losses(self, accelerator: Any) -> None:
         # The trainer reads the loss itself right after this: no further wait for the device.
-        for loss in self.unread:
-            shared = accelerator.reduce(loss, "mean") if accelerator.num_processes > 1 else loss
-            value = float(shared)
-            if not math.isfinite(value):
-                raise NotFinite(f"the loss of step {self.step} is {value}")
-            self.losses.append(float(loss))
-            self.mean_loss = value
+        own = [float(loss) for loss in self.unread]
+        self.losses += own
+        mean = torch.stack(self.unread).mean()
         self.unread.clear()
+        shared = accelerator.reduce(mean, "mean") if accelerator.num_processes > 1 else mean
+        self.mean_loss = float(shared)
+        if not math.isfinite(self.mean_loss):
+            raise NotFinite(f"the loss of step {self.step} is {self.mean_loss}")
 
     def after_step(self, accelerator: Any, args: Any) -> None:
         """Stop here, when that was asked for."""
@@ -304,12 +306,11 @@ class Watch:
         if self.replaying or step <= self.logged or "loss/current" not in logs:
             return
         self.logged = step
-        mean = self.mean_loss if math.isfinite(self.mean_loss) else logs["loss/current"]
         line = {
             "step": step,
             "epoch": epoch,
             "time": time.time(),
-            "loss": mean,
+            "loss": self.mean_loss,
             "average": logs["loss/average"],
             "memory": self._memory(),
             "rates": {name[3:]: float(value) for name, value in logs.items() if name.startswith("lr/")},
@@ -348,6 +349,7 @@ class Watch:
         return {
             "batches": self.batches,
             "losses": self.losses,
+            "mean_loss": self.mean_loss,
             "random": all_random() | kept,
             "epoch_start": self.epoch_start,
             "before_fetch": self.before_fetch,
@@ -381,8 +383,8 @@ class Watch:
     # The end
 
     def ended(self, how: str, error: str = "") -> None:
-        """Say how it ended; the first process speaks."""
-        if int(os.environ.get("RANK", "0")) == 0:
+        """Say how it ended; the first process of each machine speaks."""
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             write_json(self.ended_file, {"how": how, "step": self.step, "error": error})
 
 
