@@ -16,7 +16,18 @@ from pathlib import Path
 
 import msgspec
 
-from . import base_model, checkout, constraints, launch, preflight, progress, receipt, remedies, runs
+from . import (
+    base_model,
+    checkout,
+    constraints,
+    launch,
+    preflight,
+    progress,
+    receipt,
+    remedies,
+    runs,
+    training_file,
+)
 from .base_model import Form, Model
 from .errors import StepFailed, Stopped, UsageError
 from .generations import Generation
@@ -33,12 +44,6 @@ from .training_file import Kind, TrainingFile, read
 SMALL_MARK = "made-small"
 
 _TRAINERS = {"sd15": "train_network.py", "sd2": "train_network.py", "sdxl": "sdxl_train_network.py"}
-
-# Settings that name a file or a folder.
-_PATHS = (
-    "pretrained_model_name_or_path", "tokenizer_cache_dir", "vae", "train_data_dir", "reg_data_dir",
-    "dataset_config", "in_json", "network_weights", "sample_prompts",
-)  # fmt: skip
 
 # The packages whose versions decide about a training's numbers.
 _DECISIVE = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora", "numpy")
@@ -121,7 +126,7 @@ def plan(home: Home, file: Path, base: Path | None) -> Plan:
             f"{file}: network_module is not set: `invoke train` trains LoRA",
             'network_module = "networks.lora"',
         )
-    base = base or _base(found)
+    base = base or training_file.base(found)
     named = str(found.settings.get("pretrained_model_name_or_path", ""))
     model = base_model.look(named, base / Path(named).expanduser())
     if model.form in (Form.MISSING, Form.DAMAGED):
@@ -135,14 +140,6 @@ def plan(home: Home, file: Path, base: Path | None) -> Plan:
         raise UsageError(f"there is no checkout in {home.root}", "`invoke clone` brings it")
     name = str(found.settings.get("output_name") or base.name)
     return Plan(found, base, name, model, trainer)
-
-
-def _base(file: TrainingFile) -> Path:
-    """Where the settings' paths begin: beside the file, or else where the user stands."""
-    beside, here = file.path.parent, Path.cwd()
-    named = [Path(value).expanduser() for name in _PATHS if isinstance(value := file.settings.get(name), str)]
-    missing = [path for path in named if not (beside / path).exists()]
-    return here if any((here / path).exists() for path in missing) else beside
 
 
 def _preflight(settings: Settings, planned: Plan) -> None:
