@@ -27,7 +27,8 @@ from .training_file import read
 RUNS = "runs"
 SETTINGS = "train.toml"
 
-_LAUNCHER_SECONDS = 15
+_LAUNCHER_SECONDS = 30.0
+_DYING_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -363,10 +364,18 @@ def resumable(run: Run) -> Saved:
 
 def _settled(run: Run) -> State:
     """The state, waited for when only the launcher is left: it takes seconds to tell of a killed trainer."""
-    deadline = time.monotonic() + _LAUNCHER_SECONDS
-    begun = run.begun()
-    while (state := run.state()) is State.RUNNING and begun and time.monotonic() < deadline:
-        if psutil.pid_exists(begun.pid):
+    begun, began = run.begun(), time.monotonic()
+    while (state := run.state()) is State.RUNNING and begun:
+        waited = time.monotonic() - began
+        # A process that was killed a moment ago may still be there.
+        if waited > (_DYING_SECONDS if _lives(begun.pid) else _LAUNCHER_SECONDS):
             break
         time.sleep(0.1)
     return state
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
