@@ -9,24 +9,23 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from . import configure, constraints, failures, generations, inventory, launch, smoke, sources, status
+from . import configure, constraints, failures, generations, inventory, launch, status
 from .errors import StepFailed
 from .failures import Situation
 from .generations import Generation
 from .home import Home
 from .process import capture, scrubbed, stream, uv
 from .report import Check, Report, Status, say
-from .settings import CONSTRAINTS, ROOT, Settings, expected_device, on_mac
+from .settings import CONSTRAINTS, ROOT, Settings, expected_device, memory_gb, on_mac
 
 # What torch takes when the variables are not set (aten/src/ATen/mps/MPSAllocator.h, unified memory).
 _HIGH_WATERMARK, _LOW_WATERMARK = 1.7, 1.4
@@ -100,13 +99,15 @@ def examine(settings: Settings, asked: Asked) -> Report:
     home = Home(settings.home)
     active = generations.active(home)
     state = status.status(settings).checks if active else ()
-    machine = _machine(settings, home, active, state)
+    lock = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
+    machine = _machine(settings, home)
+    if active:
+        machine = _with_environment(machine, settings, active, state, lock)
     if asked.online:
         machine = _online(settings, machine)
     versions = inventory.versions(active.venv) if active else {}
     facts: dict[str, Any] = msgspec.structs.asdict(machine)
     facts |= {f"package_{name.replace('-', '_')}": version for name, version in versions.items()}
-    lock = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
     situation = Situation(expected_device(), settings.profile_name, settings.profile, lock)
     found = list(failures.ahead(failures.known(), "environment", facts, situation))
     troubles: dict[str, list[Check]] = {}
@@ -130,7 +131,7 @@ def examine(settings: Settings, asked: Asked) -> Report:
     return Report(f"Doctor: this machine and {home.root}", tuple(checks), extra)
 
 
-def _machine(settings: Settings, home: Home, active: Generation | None, state: tuple[Check, ...]) -> Machine:
+def _machine(settings: Settings, home: Home) -> Machine:
     place = home.root
     while not place.exists():
         place = place.parent
@@ -142,7 +143,7 @@ def _machine(settings: Settings, home: Home, active: Generation | None, state: t
     )
     hf_home = environ.get("HF_HOME") or None
     default = configure.default_location()
-    machine = Machine(
+    return Machine(
         system=platform.system(),
         architecture=platform.machine(),
         rosetta=_sysctl("sysctl.proc_translated") == "1",
@@ -155,7 +156,7 @@ def _machine(settings: Settings, home: Home, active: Generation | None, state: t
         xcode=_first_line(["xcode-select", "-p"]) if on_mac() else None,
         free_gb=shutil.disk_usage(place).free / 1e9,
         needed_gb=settings.profile.disk_gb["darwin" if on_mac() else "linux"],
-        memory_gb=psutil.virtual_memory().total / 1e9,
+        memory_gb=memory_gb(),
         conda=environ.get("CONDA_PREFIX") or None,
         other_venv=_other_venv(environ.get("VIRTUAL_ENV"), home),
         pythonpath=environ.get("PYTHONPATH") or None,
@@ -170,21 +171,23 @@ def _machine(settings: Settings, home: Home, active: Generation | None, state: t
         case_sensitive=_tells_case(place),
         venv=str(home.venv),
         foreign_venv=generations.foreign_venv(home),
-        installed=active is not None,
+        installed=generations.active(home) is not None,
         interrupted=any(generation.manifest() is None for generation in generations.present(home)),
         default_config=str(default),
         default_use_cpu=_use_cpu(default),
         default_config_is_directory=default.is_dir(),
     )
-    return _with_environment(machine, settings, active, state) if active else machine
 
 
 def _with_environment(
-    machine: Machine, settings: Settings, active: Generation, state: tuple[Check, ...]
+    machine: Machine,
+    settings: Settings,
+    active: Generation,
+    state: tuple[Check, ...],
+    wanted: Mapping[str, str],
 ) -> Machine:
     manifest = active.manifest()
     versions = inventory.versions(active.venv)
-    wanted = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
     changed = [
         f"{row.name.removeprefix('package ')} {row.detail}"
         for row in state
@@ -223,7 +226,7 @@ def _topics(machine: Machine, settings: Settings, asked: Asked) -> Iterator[tupl
         yield "trainer's Python", machine.trainer_python or ""
         yield "tkinter", "is there, for the GUI"
         yield "packages", "none that needs CUDA, none that does not go with another"
-        yield "accelerate configuration", f"{machine.config}: use_cpu false"
+        yield "accelerate configuration", f"{machine.config}: use_cpu {str(machine.config_use_cpu).lower()}"
     yield "environment", "as it was built"
     if asked.online:
         yield "repository", f"{machine.repository} answers"
@@ -238,10 +241,14 @@ def _deep(settings: Settings, active: Generation | None) -> tuple[Check, ...]:
     """What needs torch: the smoke check, through accelerate as a training is."""
     if active is None:
         return (Check("torch", Status.SKIP, "there is no environment to import it from"),)
+    from . import smoke
+
     return smoke.run(settings, active).checks
 
 
 def _online(settings: Settings, machine: Machine) -> Machine:
+    from . import sources  # and what only it needs: the other rows are there without
+
     say("  asking the repository and the package index")
     reached, reason = _answers(
         ["git", "ls-remote", "--exit-code", settings.url, "HEAD"], {"GIT_TERMINAL_PROMPT": "0"}

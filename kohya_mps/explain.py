@@ -16,6 +16,7 @@ from . import failures
 from .errors import UsageError
 from .failures import Failure
 from .report import Check, Report, Status, say
+from .settings import expected_device
 
 _CHUNK = 1 << 20
 # What is looked at again with the next piece: a sign and what stands before it lie within.
@@ -100,21 +101,26 @@ def explain(log: str) -> Report:
 
 def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanation:
     """Read a log to its end and find the known failures in it."""
-    searches = _prepared(failures.known() if known is None else known)
+    order = failures.known() if known is None else tuple(known)
+    searches = _prepared(order)
     latest: dict[str, Found] = {}
     last_error = ""
     newlines, window = 0, b""
     while piece := stream.read(_CHUNK):
         text = _plain(window + piece)
         for found in _in_window(text, searches, newlines):
-            # The overlap is seen twice; the same line must not become older or newer by that.
-            latest.pop(found.failure.id, None)
-            latest[found.failure.id] = found
+            seen = latest.get(found.failure.id)
+            if seen is None or found.line >= seen.line:
+                latest[found.failure.id] = found
         for match in _EXCEPTION.finditer(text):
             last_error = _readable(match[0])
         window = (window + piece)[-_OVERLAP:]
         newlines += (text.count(b"\n")) - _plain(window).count(b"\n")
-    newest_first = sorted(latest.values(), key=lambda found: -found.line)
+    by_line: dict[int, Found] = {}
+    for failure in order:  # of two that one line shows, the first of the data is the special one
+        if failure.id in latest:
+            by_line.setdefault(latest[failure.id].line, latest[failure.id])
+    newest_first = sorted(by_line.values(), key=lambda found: -found.line)
     return Explanation(tuple(newest_first), last_error, newlines + _plain(window).count(b"\n"))
 
 
@@ -157,12 +163,15 @@ def report(explanation: Explanation, log: str) -> Report:
 
 
 def tell(output: str) -> bool:
-    """Explain the last lines of a program that failed, on standard error.
+    """Explain the last lines of a program that failed here, on standard error.
+
+    Failures of other devices than this machine's are left out.
 
     Returns:
         Whether a known failure was in them.
     """
-    explanation = search(io.BytesIO(output.encode(errors="replace")))
+    here = [failure for failure in failures.known() if expected_device() in failure.devices]
+    explanation = search(io.BytesIO(output.encode(errors="replace")), here)
     for found in explanation.found[:3]:
         say(f"\nknown failure: {found.text}")
         say(f"  why:   {found.failure.cause}")
@@ -188,8 +197,11 @@ def _in_window(text: bytes, searches: list[_Search], newlines: int) -> Iterator[
 
 
 def _spaced(text: str) -> re.Pattern[bytes]:
-    """The words of a text with any white space between them: logs are wrapped to the terminal."""
-    return re.compile(rb"\s+".join(re.escape(word) for word in text.encode().split()))
+    """The words of a text with any white space between them: logs are wrapped to the terminal.
+
+    The trainers' logger puts the place in the code at the end of a message's first line.
+    """
+    return re.compile(rb"\s+(?:\w+\.py:\d+\s+)?".join(re.escape(word) for word in text.encode().split()))
 
 
 def _plain(text: bytes) -> bytes:

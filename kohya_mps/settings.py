@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import yaml
+from packaging.version import Version
 
 from .errors import UsageError
 
@@ -22,6 +25,8 @@ PROBES = Path(__file__).resolve().parent / "probes"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+_RELEASE = re.compile(r"\d+(\.\d+){0,2}")
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -63,6 +68,7 @@ class Profile(_Strict, frozen=True):
     mixed_precision: dict[str, tuple[str, ...]]
     disk_gb: dict[str, float]
     forbidden: Forbidden
+    needs_macos: dict[str, str] = {}
 
     @property
     def lock_file(self) -> Path:
@@ -72,6 +78,17 @@ class Profile(_Strict, frozen=True):
     def forbidden_here(self) -> tuple[str, ...]:
         """The forbidden distributions for the operating system we run on."""
         return self.forbidden.any + (self.forbidden.darwin if on_mac() else ())
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """The mixed precisions that this lock's accelerate and torch accept on a device of this machine.
+
+        On MPS the version of macOS decides too: ``needs_macos`` names the lowest for each.
+        """
+        allowed = self.mixed_precision.get(device, ("no",))
+        if device != "mps":
+            return allowed
+        here = Version(macos())
+        return tuple(each for each in allowed if here >= Version(self.needs_macos.get(each, "0")))
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -90,6 +107,11 @@ class Settings(msgspec.Struct, frozen=True):
 def on_mac() -> bool:
     """Whether this is macOS: there the expected device is MPS and nothing else."""
     return sys.platform == "darwin"
+
+
+def macos() -> str:
+    """The version of macOS that we run on; ``0`` elsewhere."""
+    return platform.mac_ver()[0] or "0"
 
 
 def load(
@@ -116,14 +138,14 @@ def load(
         )
     if file.generations_kept < 1:
         raise UsageError(f"{path}: generations_kept: found {file.generations_kept}", "accepted: 1 or more")
-    if file.network_stall_seconds <= 0:
+    if not file.network_stall_seconds > 0:  # "not a number" is a number in YAML
         raise UsageError(
             f"{path}: network_stall_seconds: found {file.network_stall_seconds}", "accepted: more than 0"
         )
     name, said_by = _override(file.profile, "KOHYA_PROFILE", profile, f"{path}: profile")
     return Settings(
-        home=_home(file.checkout.home),
-        url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, "")[0]),
+        home=_home(file.checkout.home, f"{path}: checkout.home"),
+        url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, f"{path}: checkout.url")[0]),
         commit=chosen.lower(),
         profile_name=name,
         profile=load_profile(name, said_by, config),
@@ -138,7 +160,15 @@ def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> 
     known = profile_names(config)
     if name not in known:
         raise UsageError(f"{said_by}: there is no profile {name!r}", f"accepted: {', '.join(known)}")
-    return read_yaml(config / "profiles" / f"{name}.yaml", Profile)
+    path = config / "profiles" / f"{name}.yaml"
+    profile = read_yaml(path, Profile)
+    releases = {"macos": profile.macos, **{f"needs_macos.{k}": v for k, v in profile.needs_macos.items()}}
+    for key, release in releases.items():
+        if not _RELEASE.fullmatch(release):
+            raise UsageError(
+                f"{path}: {key}: found {release!r}", 'accepted: a release of macOS, such as "14.0"'
+            )
+    return profile
 
 
 def profile_names(config: Path = CONFIG) -> list[str]:
@@ -185,32 +215,48 @@ def _explain(message: str, data: Any, kind: type[msgspec.Struct]) -> str:
 
 def _override(from_file: str, variable: str, flag: str | None, file_says: str) -> tuple[str, str]:
     if flag:
-        return flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
-    if os.environ.get(variable):
-        return os.environ[variable], variable
-    return from_file, file_says
+        value, said_by = flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
+    elif os.environ.get(variable):
+        value, said_by = os.environ[variable], variable
+    else:
+        value, said_by = from_file, file_says
+    if not value:
+        raise UsageError(f"{said_by}: found {value!r}", "accepted: a text that is not empty")
+    # Bytes that are no UTF-8 arrive as lone surrogates: no report could be printed.
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        raise UsageError(
+            f"{said_by}: {value!r} has a control character or is no UTF-8", "choose a name without"
+        )
+    return value, said_by
 
 
 def _url(value: str) -> str:
     if value.startswith("-"):
         raise UsageError(f"KOHYA_REPO_URL: {value!r} is no address", "give a URL or a path")
-    path = Path(value).expanduser()
-    return os.path.abspath(path) if path.exists() else value
+    path = os.path.expanduser(value)  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+    return os.path.abspath(path) if os.path.exists(path) else value  # noqa: PTH110 -- any length
 
 
-def _home(from_file: str) -> Path:
-    value, _ = _override(from_file, "KOHYA_HOME", None, "")
-    if any(ord(c) < 32 for c in value):
-        raise UsageError(f"KOHYA_HOME: {value!r} has a control character", "choose a path without one")
+def _home(from_file: str, file_says: str) -> Path:
+    value, said_by = _override(from_file, "KOHYA_HOME", None, file_says)
     try:
-        return Path(os.path.abspath(Path(value).expanduser()))
+        home = Path(os.path.abspath(Path(value).expanduser()))
+        home.exists()
     except RuntimeError as error:
-        raise UsageError(f"KOHYA_HOME: {value!r}: {error}", "write the path in full") from error
+        raise UsageError(f"{said_by}: {value!r}: {error}", "write the path in full") from error
+    except OSError as error:
+        raise UsageError(f"{said_by}: {value!r}: {error.strerror}", "choose another path") from error
+    return home
 
 
 def machine_wanted() -> str:
     """The architecture that the locks are made for, as ``platform.machine()`` says it."""
     return "arm64" if on_mac() else "x86_64"
+
+
+def memory_gb() -> float:
+    """The machine's memory in gigabytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def expected_device() -> str:

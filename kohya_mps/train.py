@@ -45,6 +45,8 @@ SMALL_MARK = "made-small"
 
 _TRAINERS = {"sd15": "train_network.py", "sd2": "train_network.py", "sdxl": "sdxl_train_network.py"}
 
+_NEEDED = {"network_module": '"networks.lora"', "pretrained_model_name_or_path": '"model.safetensors"'}
+
 # The packages whose versions decide about a training's numbers.
 _DECISIVE = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora", "numpy")
 
@@ -121,13 +123,11 @@ def plan(home: Home, file: Path, base: Path | None) -> Plan:
             f"{file}: {found.kind} cannot be trained with",
             "give a TOML as train_network.py --config_file takes it",
         )
-    if not found.settings.get("network_module"):
-        raise UsageError(
-            f"{file}: network_module is not set: `invoke train` trains LoRA",
-            'network_module = "networks.lora"',
-        )
+    for name, example in _NEEDED.items():
+        if not found.settings.get(name):
+            raise UsageError(f"{file}: {name} is not set: `invoke train` trains LoRA", f"{name} = {example}")
     base = base or training_file.base(found)
-    named = str(found.settings.get("pretrained_model_name_or_path", ""))
+    named = str(found.settings["pretrained_model_name_or_path"])
     model = base_model.look(named, base / Path(named).expanduser())
     if model.form in (Form.MISSING, Form.DAMAGED):
         raise UsageError(f"{file}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file")

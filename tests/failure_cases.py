@@ -298,6 +298,13 @@ CASES = {
             "IsADirectoryError: [Errno 21] Is a directory: '/Users/me/pictures'",
         ),
     ),
+    "accelerate-configuration-missing": Cases(
+        environment=facts({"config_use_cpu": None}, {"config_use_cpu": False}),
+        log=log(
+            "FileNotFoundError: The passed configuration file `/x/accelerate.yaml` does not exist.",
+            "FileNotFoundError: 'configuration file'",
+        ),
+    ),
     "cpu-without-a-word": Cases(
         settings=Pair(Preflight(command("", "--cpu")), Preflight(command("", "--num_cpu_threads_per_process=2"))),
         environment=facts(
@@ -384,14 +391,18 @@ CASES = {
         settings=settings({"xformers": True}, {"xformers": False}),
         log=log("ModuleNotFoundError: No module named 'xformers'", "Enable SDPA, xformers is not used"),
     ),
-    "xformers-not-installed": Cases(settings=settings({"xformers": True}, {"xformers": False})),
+    "xformers-not-installed": Cases(
+        settings=settings({"xformers": True}, {"xformers": False}),
+        log=log("ModuleNotFoundError: No module named 'xformers'", "Enable SDPA, xformers is not used"),
+    ),
     "attention": Cases(settings=settings({"sdpa": None}, {"sdpa": None, "mem_eff_attn": True})),
     "8-bit-optimizer": Cases(
         settings=settings({"optimizer_type": "PagedAdamW8bit"}, {"optimizer_type": "AdamW"}),
         log=log("ImportError: No bitsandbytes / bitsandbytes is missing", "use AdamW, not bitsandbytes"),
     ),
     "bitsandbytes-not-installed": Cases(
-        settings=settings({"optimizer_type": "AdamW8bit"}, {"optimizer_type": "Lion"})
+        settings=settings({"optimizer_type": "AdamW8bit"}, {"optimizer_type": "Lion"}),
+        log=log("ImportError: No bitsandbytes / bitsandbytes is missing", "use AdamW, not bitsandbytes"),
     ),
     "optimizer-package": Cases(
         settings=settings(
@@ -424,6 +435,9 @@ CASES = {
             "AssertionError: Torch not compiled with CUDA enabled",
             '  File "x.py", line 3, in validate\nAssertionError: Torch not compiled with CUDA enabled',
         )
+    ),
+    "cuda-asked-for": Cases(
+        log=log("AssertionError: Torch not compiled with CUDA enabled", "torch was compiled with CUDA")
     ),
     "huber-with-snr": Cases(
         settings=settings({"loss_type": "huber"}, {"loss_type": "huber", "huber_schedule": "exponential"}),
@@ -478,7 +492,12 @@ CASES = {
         settings=settings(
             {"network_module": "lycoris.kohya", "network_args": ["algo=ia3"]},
             {"network_module": "lycoris.kohya", "network_args": ["algo=loha"]},
-        )
+        ),
+        log=log(
+            '  File "site-packages/lycoris/modules/full.py", line 60, in x\n'
+            "AttributeError: 'Linear' object has no attribute 'weight'",
+            "AttributeError: 'Linear' object has no attribute 'weight'",
+        ),
     ),
     "ckpt-runs-code": Cases(settings=files(_pickle("model.ckpt"), _pickle("model.ckpt.safetensors"))),
     "tokenizer-offline": Cases(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -145,12 +144,9 @@ def test_pairs_that_exclude_each_other() -> None:
     assert doctor.torch_pair("torch>=2\ntorchvision==0.20.1 torch==2 ???")[1] is None
 
 
-def test_invoke_doctor_is_fast_and_prints_json_alone(here: Settings) -> None:
+def test_invoke_doctor_imports_no_torch_and_prints_json_alone(here: Settings) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "invoke", "doctor", "--json"]
-    started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    took = time.monotonic() - started
 
     assert json.loads(done.stdout)["ok"] is (done.returncode == 0)
     assert "torch" not in [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
-    assert took < 5  # a second on a machine that does nothing else; test machines do

@@ -31,9 +31,14 @@ def test_colours_wrapping_and_redraws_do_not_hide_a_failure() -> None:
     coloured = (
         b"\x1b[1;31mValueError\x1b[0m: fp16 mixed \x1b[2mprecision\x1b[0m requires a\n   GPU (not\r\n 'mps')."
     )
+    in_columns = (
+        b"2026-11-23 16:36:01 ERROR    No data found. Please verify   train_network.py:563\n"
+        b"                             arguments (train_data_dir must                     \n"
+    )
     redrawn = b"steps: 1%\rsteps: 2%, avr_loss=nan\rsteps: 3%, avr_loss=nan\r"
 
     assert found(coloured) == [("fp16", 1)]
+    assert found(in_columns) == [("no-pictures", 1)]
     assert found(b"a\nb\n" + redrawn) == [("half-precision-vae", 3)]
 
 
@@ -41,6 +46,12 @@ def test_the_latest_failure_comes_first_with_its_last_line() -> None:
     log = FP16 + b"\nagain\n" + FP16 + b"\nNo module named 'xformers'\n"
 
     assert found(log) == [("xformers", 4), ("fp16", 3)]
+    assert found(b"No data found. Please verify arguments\nignore directory without repeats\n") == [
+        ("no-pictures", 2)
+    ]
+    assert found(b"ignore directory without repeats\nNo data found. Please verify arguments\n") == [
+        ("no-pictures", 2)
+    ]
 
 
 @pytest.mark.parametrize("place", [0, 1, 100, 16 * 1024, (1 << 20) - 30, 1 << 20, (1 << 20) + 5])
@@ -55,7 +66,13 @@ def test_what_stands_before_decides_between_two_failures_with_one_message() -> N
 
     assert found(b"in switch_rng_state" + message) == [("validation-on-mps", 2)]
     assert found(b"in sample_images" + message) == [("sampling-with-old-scripts", 2)]
-    assert found(b"in sample_images" + b"." * 5000 + message) == []
+    assert found(b"in sample_images" + b"." * 5000 + message) == [("cuda-asked-for", 2)]
+
+
+def test_of_two_entries_that_one_line_shows_the_special_one_is_told() -> None:
+    log = b"ImportError: cannot import name 'cached_download' from 'huggingface_hub'"
+
+    assert found(log) == [("hub-cached-download", 1)]
 
 
 def test_the_last_error_of_an_unknown_failure_is_told() -> None:
@@ -129,6 +146,15 @@ def test_invoke_takes_a_log_or_standard_input(arguments: list[str], tmp_path: Pa
 
     assert done.returncode == 0, done.stderr
     assert b"fp16 mixed precision requires a GPU" in done.stdout
+
+
+def test_what_is_a_failure_on_another_device_is_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "accelerator device: cpu"
+    monkeypatch.setattr(explain, "expected_device", lambda: "cpu")
+    assert not explain.tell(line)
+
+    monkeypatch.setattr(explain, "expected_device", lambda: "mps")
+    assert explain.tell(line)
 
 
 def test_the_end_of_a_failed_program_is_explained_on_standard_error(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,46 @@ def test_what_is_typed_becomes_the_question() -> None:
     for wrong in ("lots", "-1", "nan", "0"):
         with pytest.raises(UsageError, match="--memory"):
             preflight.question("a.toml", "", wrong, "", "")
+
+
+@pytest.mark.upstream
+@pytest.mark.skipif(
+    not (os.environ.get("KOHYA_REPO_URL") and os.environ.get("KOHYA_COMMIT")),
+    reason="KOHYA_REPO_URL and KOHYA_COMMIT do not name a real kohya_ss",
+)
+def test_kohyas_own_presets_and_examples_are_judged_or_refused(tmp_path: Path) -> None:
+    checkout = tmp_path / "kohya_ss"
+    git = ["git", "-C", str(checkout)]
+    subprocess.run(
+        ["git", "clone", "--quiet", "--no-checkout", os.environ["KOHYA_REPO_URL"], checkout], check=True
+    )
+    subprocess.run([*git, "checkout", "--quiet", os.environ["KOHYA_COMMIT"]], check=True)
+    presets = sorted(checkout.glob("presets/**/*.json"))
+    files = [
+        *presets,
+        *checkout.glob("test/config/*"),
+        *checkout.glob("examples/**/*.*"),
+        *checkout.glob("*.toml"),
+    ]
+    refused = []
+    for file in files:
+        try:
+            report = judged(file, base=checkout)
+        except UsageError:
+            refused.append(file.name)
+            continue
+        told = json.loads(file.read_text()) if file in presets else {}
+        found = report.extra["failures"]
+        # Spot checks of what can be said from the file alone.
+        assert ("xformers" in found) >= (told.get("xformers") in (True, "xformers")), file
+        assert ("8-bit-optimizer" in found) >= ("8bit" in str(told.get("optimizer"))), file
+        assert ({"fp16", "bf16"} & set(found) != set()) >= (
+            told.get("mixed_precision") in ("fp16", "bf16")
+        ), file
+        assert ("flux" in found) >= bool(told.get("flux1_checkbox")), file
+
+    assert len(presets) > 30
+    assert not set(refused) & {preset.name for preset in presets}
 
 
 # ---- --fix --------------------------------------------------------------------------------------
@@ -358,3 +400,15 @@ def test_any_dataset_configuration_model_and_caption(data: bytes, config: Any, t
     )
     judged_or_refused(world.toml("one.toml"))
     judged_or_refused(world.toml("two.toml", dataset_config=str(tmp_path / "sets.json")))
+
+
+def test_bf16_is_refused_on_a_mac_whose_system_is_too_old_for_the_profile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latest = settings.load(profile="latest")
+    asked = Question(world.toml(mixed_precision="bf16"), device="mps")
+    for version, failures in (("13.6.1", ["bf16"]), ("15.1", []), ("", [])):
+        monkeypatch.setattr(
+            "kohya_mps.preflight.platform.mac_ver", lambda version=version: (version, ("", "", ""), "")
+        )
+        assert preflight.check(latest, asked).extra["failures"] == failures

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -93,7 +94,7 @@ def here(tmp_path: Path) -> Settings:
     )
     generation.accelerate_config.write_text("use_cpu: false\n")
     generations.activate(home, generation)
-    (home.root / ".git").mkdir()
+    subprocess.run(["git", "init", "--quiet", str(home.root)], check=True)
     home.sd_scripts.mkdir()
     for name in ("train_network.py", "sdxl_train_network.py"):
         (home.sd_scripts / name).write_text("")
@@ -150,6 +151,7 @@ def test_the_base_model_decides_which_trainer_it_is(here: Settings, world: World
     [
         ({"network_module": None}, "network_module is not set"),
         ({"pretrained_model_name_or_path": "/nowhere/model.safetensors"}, "does not exist"),
+        ({"pretrained_model_name_or_path": None}, "pretrained_model_name_or_path is not set"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_no_run_made(
@@ -165,6 +167,13 @@ def test_flux_is_refused(here: Settings, world: World) -> None:
     world.safetensors(world.model, "flux")
 
     with pytest.raises(UsageError, match="the base model is flux"):
+        train.train(here, world.toml(), Wanted())
+
+
+def test_without_the_trainer_it_says_what_brings_it(here: Settings, world: World) -> None:
+    (Home(here.home).sd_scripts / "train_network.py").unlink()
+
+    with pytest.raises(UsageError, match=r"no checkout[^$]*invoke clone"):
         train.train(here, world.toml(), Wanted())
 
 
