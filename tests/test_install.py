@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -214,11 +215,12 @@ def test_a_failed_verification_is_recorded_and_run_again(settings: Settings) -> 
 def test_nothing_is_verified_trained_or_configured_without_an_installation(
     settings: Settings, tmp_path: Path
 ) -> None:
-    for step in (
+    steps: tuple[Callable[[], object], ...] = (
         lambda: verify(settings),
         lambda: reconfigure(settings, replace_default=False),
         lambda: train.train(settings, tmp_path / "x.toml", train.Wanted()),
-    ):
+    )
+    for step in steps:
         with pytest.raises(UsageError, match="no environment"):
             step()
 

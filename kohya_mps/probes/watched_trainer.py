@@ -20,6 +20,7 @@ of the pictures come about as they did, and at the saved step the state is loade
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -290,8 +291,7 @@ class Watch:
             return
         accelerator.wait_for_everyone()
         if self.rank == 0 and self.step > self.target:
-            from library import train_util
-
+            train_util = trainers_library()
             name = train_util.default_if_none(args.output_name, train_util.DEFAULT_STEP_NAME)
             accelerator.save_state(
                 str(Path(args.output_dir) / train_util.STEP_STATE_NAME.format(name, self.step))
@@ -420,14 +420,19 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, lambda *arguments, **options: wrapper(original, *arguments, **options))
 
 
+def trainers_library() -> Any:
+    """sd-scripts' ``library/train_util.py``; the trainer's folder has to be importable."""
+    return importlib.import_module("library.train_util")
+
+
 def attach(watch: Watch) -> None:
-    """Wrap what the trainer calls. The trainer's folder has to be importable."""
+    """Wrap what the trainer calls."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import DistributedType
-    from library import train_util
 
+    train_util = trainers_library()
     output: list[str] = []
 
     def verify(original: Callable[..., Any], args: Any) -> None:
