@@ -89,18 +89,21 @@ def pace(steps: list[Step]) -> float:
     return statistics.median(spans) if spans else 0.0
 
 
-def follow(run: Run, running: Callable[[], bool], *, whole_log: bool = False) -> None:
+def follow(
+    run: Run, running: Callable[[], bool], *, whole_log: bool = False, on_ctrl_c: str = "stops looking on"
+) -> None:
     """Show a run until it ends.
 
     Args:
         run: the run; nothing of it needs to be there yet.
         running: whether its trainer still runs.
+        on_ctrl_c: what Ctrl-C does, as the live view says it.
         whole_log: pass on everything that the trainer prints instead.
     """
     if whole_log:
         _pass_on(run, running)
     elif sys.stderr.isatty():
-        _live(run, running)
+        _live(run, running, on_ctrl_c)
     else:
         _plain(run, running)
 
@@ -122,17 +125,17 @@ def _views(run: Run, running: Callable[[], bool]) -> Iterator[View]:
         time.sleep(_LOOK_EVERY)
 
 
-def _live(run: Run, running: Callable[[], bool]) -> None:
+def _live(run: Run, running: Callable[[], bool], on_ctrl_c: str) -> None:
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False) as live:
         for view in _views(run, running):
-            live.update(panel(view), refresh=True)
+            live.update(panel(view, on_ctrl_c), refresh=True)
 
 
-def panel(view: View) -> RenderableType:
+def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
     """The live view."""
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
@@ -155,9 +158,7 @@ def panel(view: View) -> RenderableType:
         grid.add_row("time", Text(_times(view)))
         grid.add_row("memory", Text(f"{last.memory / 1e9:.2f} GB"))
     title = Text(f"{view.run.record().name}  {view.run.path}", overflow="ellipsis")
-    return Panel(
-        grid, title=title, title_align="left", subtitle="Ctrl-C saves and stops", subtitle_align="left"
-    )
+    return Panel(grid, title=title, title_align="left", subtitle=hint, subtitle_align="left")
 
 
 def _times(view: View) -> str:

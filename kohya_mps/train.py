@@ -257,7 +257,7 @@ def _start(run: Run, record: Record, generation: Generation, planned: Plan) -> s
 def _look_on(run: Run, child: subprocess.Popen[bytes]) -> None:
     """Show the progress until the trainer ends; Ctrl-C asks it to save, a second one ends it."""
     try:
-        progress.follow(run, lambda: child.poll() is None)
+        progress.follow(run, lambda: child.poll() is None, on_ctrl_c="saves the state and stops the training")
     except KeyboardInterrupt:
         run.stop_file.touch()
         say("\nThe trainer saves its state after this step and ends; Ctrl-C again ends it at once.")
