@@ -158,6 +158,7 @@ def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
         grid.add_row("time", Text(_times(view)))
         grid.add_row("memory", Text(f"{last.memory / 1e9:.2f} GB"))
     title = Text(f"{view.run.record().name}  {view.run.path}", overflow="ellipsis")
+    hint = f"Ctrl-C {on_ctrl_c}" if on_ctrl_c else None
     return Panel(grid, title=title, title_align="left", subtitle=hint, subtitle_align="left")
 
 

@@ -45,7 +45,7 @@ h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 18px; margin: 34px 0 8p
 .where, .none, .note { color: var(--soft); margin: 0; overflow-wrap: anywhere; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px; margin: 20px 0; }
 .fact { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
-.fact b { display: block; font-size: 19px; } .fact span { color: var(--soft); font-size: 13px; }
+.fact b { display: block; font-size: 17px; white-space: nowrap; } .fact span { color: var(--soft); font-size: 13px; }
 svg { width: 100%; height: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 svg text { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 1.6; }
