@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from enum import StrEnum
@@ -273,8 +274,6 @@ class _Tree:
 
     def _finish(self, move: _Move) -> None:
         """A run was killed in here: drop its locks, and bring files it half wrote to their new state."""
-        if not (self.path / ".git" / "HEAD").exists() and not (self.path / ".git").is_file():
-            self._git("init", "--quiet")
         self._drop_locks()
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
         if move.stage is _Stage.SWITCH and self._has(move.goes_to) and (not here or self._local_changes()):
@@ -378,12 +377,16 @@ class _Tree:
         The files stay; the new repository stands at the commit they came from, as far as
         that can still be read, so that what the user changed shows as changed.
         """
-        git = self.path / ".git"
+        git, move = self.path / ".git", self._recorded()
+        if move and move.stage is not _Stage.RENEW and not move.came_from and not _read_head(git):
+            shutil.rmtree(git)  # ours alone: a first clone that was killed before anything stood there
+            self._begin(commit)
+            return
         aside = _first_free(self.path, ".git.damaged")
         say(
             f"  {self.path}: its repository is damaged ({reason}); it is kept as {aside.name}, a new one is made"
         )
-        came_from = _read_head(git)
+        came_from = _read_head(git) or (move.came_from if move else "")
         self._note(_Stage.RENEW, came_from, "")
         git.rename(aside)
         if (aside / "modules").is_dir():  # the submodule's repository, in a user's own clone
