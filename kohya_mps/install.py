@@ -373,6 +373,6 @@ def _next(
         f"checkout       {home.root}",
         f"environment    {home.venv}",
         f"configuration  {config}",
-        "next           invoke train FILE.toml    (your own settings)",
+        "next           invoke new NAME --images DIR, then invoke train NAME",
         "               invoke status             (is everything still as it was installed?)",
     )
