@@ -26,9 +26,12 @@ from safetensors.torch import load_file
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# sd-scripts names SDXL's modules as the original files do. Blocks are renamed by diffusers,
-# what is inside them here.
-INSIDE = {
+# sd-scripts names SDXL's modules as the original files do. Blocks are numbered anew by
+# diffusers, they and what is inside them are renamed here.
+NAMES = {
+    "_input_blocks_": "_down_blocks_",
+    "_middle_block_": "_mid_block_",
+    "_output_blocks_": "_up_blocks_",
     "_in_layers_2.": "_conv1.",
     "_out_layers_3.": "_conv2.",
     "_emb_layers_1.": "_time_emb_proj.",
@@ -67,10 +70,10 @@ def put_on(pipeline: DiffusionPipeline, lora: str) -> int:
 
 
 def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The modules inside SDXL's blocks by diffusers' names."""
+    """SDXL's modules by diffusers' names."""
     result = {}
     for name, tensor in weights.items():
-        for theirs, ours in INSIDE.items():
+        for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours) if name.startswith("lora_unet") else name  # noqa: PLW2901
         result[name] = tensor
     return result
