@@ -15,6 +15,7 @@ import msgspec
 
 from . import checkout, configure, environment, generations, receipt, smoke, train_step
 from .checkout import Commits
+from .configure import Layout
 from .environment import Plan
 from .errors import KohyaError, StepFailed, UsageError
 from .generations import Generation
@@ -22,7 +23,7 @@ from .home import Home, check_place, held
 from .process import capture
 from .receipt import Receipt, Verdict
 from .report import Check, Report, Status, say
-from .settings import Settings, expected_device, machine_wanted, on_mac
+from .settings import Settings, expected_device, machine_wanted, on_mac, without_secret
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -149,12 +150,20 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
     return Report(f"Verification of {home.root}", (*smoked.checks, *trained.checks), extra)
 
 
-def reconfigure(settings: Settings, replace_default: bool) -> Report:
-    """``invoke configure``: write the configuration anew; verdicts on another one no longer hold."""
+def reconfigure(settings: Settings, replace_default: bool, layout: Layout | None = None) -> Report:
+    """``invoke configure``: write the configuration anew; verdicts on another one no longer hold.
+
+    Args:
+        settings: the mixed precision.
+        replace_default: back up somebody else's default configuration and replace it.
+        layout: how trainings are spread; as it was when not given.
+    """
     home = Home(settings.home)
     generation = installed(home)
     with held(home):
         report = configure.configure(settings, generation, replace_default=replace_default)
+        if layout:
+            report = report.plus([configure.spread(settings, generation, layout)])
         known = receipt.read(generation)
         if known and (changed := _reconfigured(settings, generation, known)) != known:
             receipt.save(generation, changed)
@@ -302,7 +311,7 @@ def _record(
         python=manifest.python,
         interpreter=manifest.interpreter,
         distributions={name: d.version for name, d in manifest.inventory.distributions.items()},
-        url=settings.url,
+        url=without_secret(settings.url),
         commits=commits,
         mixed_precision=settings.mixed_precision,
         accelerate_config=receipt.config_digest(generation),
@@ -364,6 +373,6 @@ def _next(
         f"checkout       {home.root}",
         f"environment    {home.venv}",
         f"configuration  {config}",
-        "next           invoke train FILE.toml    (your own settings)",
+        "next           invoke new NAME --images DIR, then invoke train NAME",
         "               invoke status             (is everything still as it was installed?)",
     )

@@ -9,7 +9,9 @@ from .generations import Generation
 from .process import capture, scrubbed
 
 
-def argv(generation: Generation, script: Path | str, *arguments: str) -> list[str]:
+def argv(
+    generation: Generation, script: Path | str, *arguments: str, config: Path | None = None
+) -> list[str]:
     """``accelerate launch`` of a script, with this project's configuration named.
 
     A plain ``python script`` ignores the configuration and would see MPS where the trainer
@@ -17,7 +19,7 @@ def argv(generation: Generation, script: Path | str, *arguments: str) -> list[st
     hold every path that a home may have; ``-P`` keeps the working directory's modules out.
     """
     launcher = [str(generation.python), "-P", "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", str(generation.accelerate_config), str(script), *arguments]
+    return [*launcher, "--config_file", str(config or generation.accelerate_config), str(script), *arguments]
 
 
 def environ(generation: Generation, *, offline: bool = False) -> dict[str, str]:
