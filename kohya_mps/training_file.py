@@ -112,7 +112,9 @@ def base(file: TrainingFile) -> Path:
     beside, here = Path(os.path.abspath(file.path)).parent, Path.cwd()
     told = (file.settings.get(name) for name in _PATHS)
     missing = [
-        path for value in told if isinstance(value, str) and not (beside / (path := Path(value).expanduser())).exists()
+        path
+        for value in told
+        if isinstance(value, str) and not (beside / (path := Path(value).expanduser())).exists()
     ]
     return here if any((here / path).exists() for path in missing) else beside
 
