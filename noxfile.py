@@ -19,7 +19,7 @@ nox.options.reuse_existing_virtualenvs = True
 DEV = ("--require-hashes", "-r", "constraints/dev.txt")
 
 
-@nox.session
+@nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
     """Check format, style and types."""
     session.install(*DEV)
@@ -28,12 +28,19 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
+@nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
     """Run the tests that need neither the trainer's environment nor the real kohya_ss."""
     session.install(*DEV)
     marks = [] if "-m" in session.posargs else ["-m", "not environment"]
     session.run("python", "-m", "pytest", *marks, *session.posargs)
+
+
+@nox.session(tags=["ci"], default=False)
+def real(session: nox.Session) -> None:
+    """Run the tests that build the real environment and train in it."""
+    session.install(*DEV)
+    session.run("python", "-m", "pytest", "-m", "environment", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
