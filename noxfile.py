@@ -81,3 +81,19 @@ def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
     session.install(*DEV)
     session.run("python", "-m", "kohya_mps.bench", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def rehearse(session: nox.Session) -> None:
+    """Rehearse a training on a simulated MPS device, on any machine [-- --help]."""
+    from kohya_mps.rehearsal import runner
+
+    wanted = runner.parse(session.posargs)
+    front.run(lambda: runner.rehearse(wanted), json=wanted.json)
+
+
+@nox.session(default=False)
+def rehearse_data(session: nox.Session) -> None:
+    """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ...]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.rehearsal.wheel", *session.posargs)

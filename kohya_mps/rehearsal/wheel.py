@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from .. import constraints
+from .. import constraints, front
 from ..errors import StepFailed, UsageError
 from ..home import write
 from ..process import capture, scrubbed, stream, uv
@@ -148,3 +148,7 @@ def _tag(wheel_file: Path) -> str:
 def _same(one: Operators, other: Operators) -> bool:
     """Whether two files say the same, the day they were made aside."""
     return operators.dump(one).replace(one.made, "") == operators.dump(other).replace(other.made, "")
+
+
+if __name__ == "__main__":
+    front.run(lambda: make(sys.argv[1:]))

@@ -24,6 +24,10 @@ from .recorder import Recorder
 
 DEVICE = torch.device("mps:0")
 
+# The random generators of the device, by the address of the C++ object; kept, so that no
+# other object gets the address.
+GENERATORS: dict[int, Any] = {}
+
 # Composite operators that ask in C++ which device they are on and hand over to one of its
 # kernels; builds for Linux leave that branch out. The kernel that serves each on a Mac:
 # ATen/native/Convolution.cpp, Copy.cpp, TensorConversions.cpp, Linear.cpp of torch 2.5.1.
@@ -240,7 +244,7 @@ class Simulator:
     ) -> None:
         error: Exception | None = None
         generator = kwargs.get("generator")
-        if arrives and generator is not None and not getattr(generator, "simulated", False):
+        if arrives and generator is not None and generator._cdata not in GENERATORS:
             error = RuntimeError("Expected a 'mps' device type for generator but found 'cpu'")
         elif plan.name not in _ACROSS_DEVICES and not arrives:
             error = refusals.devices(plan.name, tensors, indexing=plan.name in _INDEXING)

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from ..record import Kind
-from .device import DEVICE, SimulatedTensor
+from .device import DEVICE, GENERATORS, SimulatedTensor
 from .recorder import Recorder
 
-_NO_CUDA = "Torch not compiled with CUDA enabled"
 # Programs ask these to find out that there is no CUDA, which is their good right.
 _QUESTIONS = {
     "is_available", "is_initialized", "device_count", "is_bf16_supported", "is_current_stream_capturing",
@@ -137,18 +136,20 @@ def _make_generators() -> None:
     kind: Any = type(original)
 
     class _Both(kind):
-        def __instancecheck__(cls, instance: Any) -> bool:
+        def __instancecheck__(self, instance: Any) -> bool:
             return isinstance(instance, original)
 
     class Generator(original, metaclass=_Both):
         def __new__(cls, device: Any = "cpu") -> Any:
-            simulated = torch.device(device).type == "mps"
-            generator = original.__new__(cls, device="cpu" if simulated else device)
-            generator.simulated = simulated
+            if torch.device(device).type != "mps":
+                return original(device=device)
+            generator = original.__new__(cls, device="cpu")
+            # C++ hands its own wrapper to the simulator: they are known by the address behind.
+            GENERATORS[generator._cdata] = generator
             return generator
 
         @property
         def device(self) -> torch.device:
-            return DEVICE if self.simulated else super().device
+            return DEVICE
 
     torch.Generator = Generator
