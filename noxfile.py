@@ -92,6 +92,15 @@ def rehearse(session: nox.Session) -> None:
     front.run(lambda: runner.rehearse(wanted), json=wanted.json)
 
 
+@nox.session(venv_backend="none", default=False)
+def rehearse_matrix(session: nox.Session) -> None:
+    """Rehearse all networks, optimizers and options, and write docs/mps-support.md [-- --help]."""
+    from kohya_mps.rehearsal import matrix
+
+    wanted = matrix.parse(session.posargs)
+    front.run(lambda: matrix.rehearse(wanted))
+
+
 @nox.session(default=False)
 def rehearse_data(session: nox.Session) -> None:
     """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ...]."""

@@ -57,13 +57,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """A rehearsal, or the same training on the CPU for comparison (``device``)."""
+    """A rehearsal, or the same training on the CPU for comparison (``device``).
+
+    ``error`` is what ended it, and ``error_at`` the file and line that raised it.
+    """
 
     device: str
     torch: str
     losses: tuple[float, ...]
     seconds: float
     error: str = ""
+    error_at: str = ""
     operators: tuple[Operator, ...] = ()
     findings: tuple[Finding, ...] = ()
 
@@ -73,8 +77,10 @@ class Record:
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
+    """Write a record as JSON; it is there when it is whole."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read(path: Path) -> Record:

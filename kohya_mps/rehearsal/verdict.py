@@ -58,7 +58,8 @@ def trained(simulated: Record, on_cpu: Record, logs: Mapping[str, str]) -> Check
         )
         return Check("training", Status.PASS, detail)
     also = "; the CPU says the same" if same_error(simulated, on_cpu) else ""
-    return Check("training", Status.FAIL, f"{simulated.error}{also}", f"its log: {logs.get('mps', '')}")
+    at = f" (at {simulated.error_at})" if simulated.error_at else ""
+    return Check("training", Status.FAIL, f"{simulated.error}{at}{also}", f"its log: {logs.get('mps', '')}")
 
 
 def same_error(simulated: Record, on_cpu: Record) -> bool:

@@ -26,6 +26,7 @@ from ..report import Check, Report, Status, say
 from ..settings import Profile, load_profile, profile_names
 from . import binary, operators
 from .operators import Operators
+from .texts import Text
 
 _READER = Path(__file__).with_name("native_functions.py")
 # uv takes a Mac of macOS 13 for granted; newer wheels want a newer one, and nothing is run here.
@@ -94,14 +95,16 @@ def read(wheel: Path) -> Operators:
             f"{', '.join(sorted(predicted ^ registered.kernels))}",
             "find out which of them a Mac follows before rehearsing with this torch",
         )
+    content = library.read_bytes()
     return Operators(
         torch=info.name.removeprefix("torch-").removesuffix(".dist-info"),
         made=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        wheel=(_tag(info / "WHEEL"), hashlib.sha256(library.read_bytes()).hexdigest()),
+        wheel=(_tag(info / "WHEEL"), hashlib.sha256(content).hexdigest()),
         kernels=predicted,
         fallback=registered.fallback,
         refused=registered.refused,
         python=from_python(wheel / "torch" / "backends" / "mps" / "__init__.py"),
+        texts=frozenset(text.value for text in Text if text.value.encode() in content),
     )
 
 

@@ -166,6 +166,7 @@ class Simulator:
         self._mode = _Everywhere(self)
         self.library = torch.library.Library("aten", "IMPL")
         self._plans: dict[Any, _Plan] = {}
+        self._refusals = refusals.Refusals(operators.torch, operators.texts)
         self._python = {name: _function(path) for name, path in operators.python.items()}
 
     def install(self) -> None:
@@ -199,7 +200,7 @@ class Simulator:
         if plan.opened is not None and simulated:
             with self.seeing_inside():
                 return plan.opened(*args, **kwargs)
-        if refusal := refusals.reason(plan.name, args, kwargs, self.operators.torch):
+        if refusal := self._refusals.reason(plan.name, args, kwargs):
             self._refuse(Kind.REFUSED, plan.name, refusal)
         return self._compute(func, plan, args, kwargs, simulated, leaves=target is not None and not arrives)
 
@@ -247,7 +248,7 @@ class Simulator:
         if arrives and generator is not None and generator._cdata not in GENERATORS:
             error = RuntimeError("Expected a 'mps' device type for generator but found 'cpu'")
         elif plan.name not in _ACROSS_DEVICES and not arrives:
-            error = refusals.devices(plan.name, tensors, indexing=plan.name in _INDEXING)
+            error = refusals.devices(tensors, indexing=plan.name in _INDEXING)
         if error is not None:
             self._refuse(Kind.MIXED, plan.name, error)
 

@@ -79,6 +79,17 @@ class Recorder:
             self._forward[torch.autograd._get_sequence_nr() - 1] = line
 
 
+def raised_at(error: BaseException) -> str:
+    """File and line of the innermost caller that is neither torch nor the simulation."""
+    found = UNKNOWN
+    trace = error.__traceback__
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith(_NOT_THE_CAUSE):
+            found = _name((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    return found
+
+
 def _caller() -> tuple[CodeType, int] | None:
     frame = sys._getframe(2)
     while frame is not None:

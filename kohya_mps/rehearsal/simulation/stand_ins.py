@@ -74,6 +74,8 @@ def _take_cuda_away(recorder: Recorder) -> None:
     for name in [name for name in vars(torch._C) if name.startswith("_cuda_")]:
         delattr(torch._C, name)
     torch.version.cuda = None
+    # Rehearsals run in copies of a process, which CUDA does not like; there is no CUDA.
+    torch.cuda._is_in_bad_fork = lambda: False
     for module in [module for name, module in sys.modules.items() if name.startswith("torch.cuda")]:
         for name, function in list(vars(module).items()):
             theirs = isinstance(function, FunctionType) and function.__module__.startswith("torch.cuda")

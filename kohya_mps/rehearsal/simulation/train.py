@@ -15,7 +15,7 @@ from ...probes import small_trainer
 from .. import record
 from ..record import Record
 from ..request import Request
-from .recorder import Recorder
+from .recorder import Recorder, raised_at
 from .start import simulate
 
 
@@ -26,7 +26,7 @@ def train(request: Request) -> Record:
     if request.device == "mps":
         simulate(recorder, fallback=request.fallback)
     _note_losses(losses)
-    error = ""
+    error = error_at = ""
     started = time.monotonic()
     try:
         _run(request)
@@ -34,13 +34,14 @@ def train(request: Request) -> Record:
         error = "" if stop.code in (None, 0) else f"the script ended with {stop.code}"
     except BaseException as reason:  # whatever ends a training is what the report is about
         traceback.print_exc()
-        error = f"{type(reason).__name__}: {reason}"
+        error, error_at = f"{type(reason).__name__}: {reason}", raised_at(reason)
     return Record(
         device=request.device,
         torch=torch.__version__,
         losses=tuple(losses),
         seconds=round(time.monotonic() - started, 2),
         error=error,
+        error_at=error_at,
         operators=recorder.operators(),
         findings=recorder.findings(),
     )
