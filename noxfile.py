@@ -53,10 +53,10 @@ def venv(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def smoke(session: nox.Session) -> None:
-    """Build the environment in isolation and run the smoke check in it."""
+    """Build the environment in isolation and run the smoke check in it [-- --json]."""
     from kohya_mps import isolated
 
-    front.run(lambda: isolated.smoke_check(settings.load()))
+    front.run(lambda: isolated.smoke_check(settings.load()), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -64,7 +64,8 @@ def train_step(session: nox.Session) -> None:
     """Train a few steps with the real trainer in isolation [-- --help]."""
     from kohya_mps import isolated
 
-    front.run(lambda: isolated.training_step(settings.load(), session.posargs))
+    options, json = isolated.parse(session.posargs)
+    front.run(lambda: isolated.training_step(settings.load(), options), json=json)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -25,6 +25,10 @@ from .settings import ROOT, Settings, load
 PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation")
 
 
+# On the disk that the environments are on: links from uv's cache do not cross file systems.
+_SCRATCH = PLACE.parent
+
+
 class Row(msgspec.Struct, frozen=True):
     """One comparison: medians of both sides, in ``unit``, and the ratio that is allowed."""
 
@@ -70,7 +74,8 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "generation": _generation,
     }
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=_scratch()) as directory:
+    _SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_SCRATCH) as directory:
         for part in given.only or PARTS:
             say(f"measuring {part}")
             rows += measures[part](settings, Path(directory), given.times)
@@ -78,12 +83,6 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
     report = Report("Bench", tuple(row.check() for row in rows), {"rows": data})
     (ROOT / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(data)))
     return report
-
-
-def _scratch() -> Path:
-    """On the disk that environments are on: links from uv's cache do not cross file systems."""
-    PLACE.mkdir(parents=True, exist_ok=True)
-    return PLACE
 
 
 def _run(command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Finished:
@@ -132,7 +131,12 @@ def _venv(settings: Settings, scratch: Path, times: int) -> list[Row]:
 
 
 def _payload(settings: Settings, scratch: Path, times: int) -> list[Row]:
-    lock, target, version = str(settings.profile.lock_file), scratch / "payload", settings.profile.python
+    # pip asks the markers of the machine it runs on: it gets the Mac's part of the lock alone.
+    pins = constraints.read(settings.profile.lock_file).pins
+    on_a_mac = [pin for pin in pins if pin.applies(constraints.MAC_ARM64)]
+    lines = [" ".join([f"{p.name}=={p.version}", *(f"--hash={h}" for h in p.hashes)]) for p in on_a_mac]
+    (scratch / "mac.txt").write_text("\n".join(lines), encoding="utf-8")
+    lock, target, version = str(scratch / "mac.txt"), scratch / "payload", settings.profile.python
     wheels_only = ["--require-hashes", "--only-binary", ":all:", "--python-version", version]
     tags = [f"macosx_{major}_0_{kind}" for major in range(11, 15) for kind in ("arm64", "universal2")]
     tags += ["macosx_10_9_universal2", "macosx_10_13_universal2"]

@@ -161,6 +161,7 @@ def sync(venv: Path, lock: constraints.Lock, reinstall: tuple[str, ...] = ()) ->
         "--only-binary",
         ":all:",
         *(f"--reinstall-package={name}" for name in reinstall),
+        *(["--no-index"] if sources.no_index() else []),
         str(lock.path),
     ]
     # Not in the checkout: its pyproject.toml would configure uv.

@@ -178,8 +178,9 @@ def installed(home: Home) -> Generation:
     """The active generation.
 
     Raises:
-        UsageError: nothing is installed in this home.
+        UsageError: nothing is installed in this home, or others can write to it.
     """
+    check_place(home)
     generation = generations.active(home)
     if generation is None:
         raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
@@ -323,6 +324,8 @@ def _conclude(
 ) -> Report:
     trained = record.train_step if record else None
     active = generations.active(home)
+    if generation and active and active != generation:
+        say(f"      the new environment did not pass; {active.name} stays the active one")
     extra = {
         "home": str(home.root),
         "environment": str(home.venv) if active else None,
@@ -338,10 +341,12 @@ def _conclude(
         "config_file": str(generation.accelerate_config) if generation else None,
     }
     report = Report(f"Setup of {home.root}", tuple(steps.checks), extra)
-    return msgspec.structs.replace(report, summary=_next(report, home, trained))
+    return msgspec.structs.replace(report, summary=_next(report, home, trained, generation))
 
 
-def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...]:
+def _next(
+    report: Report, home: Home, trained: Verdict | None, generation: Generation | None
+) -> tuple[str, ...]:
     """What to type next."""
     if not report.ok:
         return (
@@ -350,10 +355,15 @@ def _next(report: Report, home: Home, trained: Verdict | None) -> tuple[str, ...
         )
     if trained is None:
         return ("", "Installed, not verified. `invoke verify` runs the smoke check and a training step.")
+    config = generation.accelerate_config if generation else ""
     who = "kohya's trainer" if trained.kohya_trainer_ran else "the built-in step"
     return (
         "",
         f"LoRA training works here: {who} trained on {trained.device}.",
-        "Train with your own settings:  invoke train FILE.toml",
-        f"The environment's Python:      {home.venv / 'bin' / 'python'}",
+        "",
+        f"checkout       {home.root}",
+        f"environment    {home.venv}",
+        f"configuration  {config}",
+        "next           invoke train FILE.toml    (your own settings)",
+        "               invoke status             (is everything still as it was installed?)",
     )

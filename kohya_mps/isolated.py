@@ -26,14 +26,13 @@ def smoke_check(settings: Settings) -> Report:
         return smoke.run(apart, ready(apart))
 
 
-def training_step(settings: Settings, arguments: Sequence[str]) -> Report:
+def training_step(settings: Settings, options: train_step.Options) -> Report:
     """Run the training step in the isolated environment, on the installed checkout or one of its own.
 
     Args:
         settings: the installation whose checkout is used when it is there.
-        arguments: what was typed behind ``nox -s train_step --``.
+        options: what is trained.
     """
-    options = parse(arguments)
     options.check()
     apart, home = msgspec.structs.replace(settings, home=PLACE), Home(PLACE)
     with held(home):
@@ -41,8 +40,8 @@ def training_step(settings: Settings, arguments: Sequence[str]) -> Report:
         return train_step.run(apart, ready(apart), tree, home.verification, options)
 
 
-def parse(arguments: Sequence[str]) -> train_step.Options:
-    """The options of ``nox -s train_step``."""
+def parse(arguments: Sequence[str]) -> tuple[train_step.Options, bool]:
+    """What was typed behind ``nox -s train_step --``, and whether the report is wanted as JSON."""
     parser = argparse.ArgumentParser(
         prog="nox -s train_step --", description="Train a few steps and judge them."
     )
@@ -50,8 +49,9 @@ def parse(arguments: Sequence[str]) -> train_step.Options:
     parser.add_argument("--optimizer", default="AdamW", metavar="NAME", help="as sd-scripts names it")
     parser.add_argument("--full", action="store_true", help="a model of Stable Diffusion 1.5's size (4 GB)")
     parser.add_argument("--builtin", action="store_true", help="train without kohya's trainer")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
     given = parser.parse_args(arguments)
-    return train_step.Options(given.network, given.optimizer, given.full, given.builtin)
+    return train_step.Options(given.network, given.optimizer, given.full, given.builtin), given.json
 
 
 def ready(settings: Settings) -> Generation:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import msgspec
@@ -108,8 +110,19 @@ def run(
         command, place = trainer_command(settings, generation, checkout, model, output, options)
     say(f"  training {STEPS} steps: {what_ran(options)}")
     log = output / "trainer.log"
-    finished = stream(command, cwd=place, env=launch.environ(generation, offline=True), log=log)
+    environ = launch.environ(generation, offline=True)
+    finished = stream(command, cwd=place, env=environ, log=log, on_output=_progress_only)
+    if options.full:
+        shutil.rmtree(model)  # four gigabytes that are made again in less time than they are missed
     return judge(generation, finished, output, log, options)
+
+
+def _progress_only(piece: bytes) -> None:
+    """Of what the trainer says, a person waiting wants the progress bar; the log has the rest."""
+    bars = [part for part in re.split(rb"[\r\n]+", piece) if part.startswith(b"steps:")]
+    if bars and sys.stderr.isatty():
+        sys.stderr.buffer.write(b"\r      " + bars[-1][:100] + (b"\n" if b"100%" in bars[-1] else b""))
+        sys.stderr.buffer.flush()
 
 
 def what_ran(options: Options) -> str:

@@ -79,7 +79,7 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
 def test_the_built_in_step_trains_and_says_that_kohyas_trainer_was_not_run(
     apart: Settings, network: str
 ) -> None:
-    report = isolated.training_step(apart, ["--builtin", "--network", network])
+    report = isolated.training_step(apart, train_step.Options(network=network, builtin=True))
 
     assert report.ok, report.checks
     assert len(report.extra["losses"]) == train_step.STEPS
@@ -151,7 +151,7 @@ def test_setup_ends_with_kohyas_trainer_having_trained(
     ("network", "optimizer"), [("lora", "Lion"), ("locon", "AdamW"), ("lokr", "Prodigy")]
 )
 def test_kohyas_trainer_trains_each_network(apart: Settings, network: str, optimizer: str) -> None:
-    report = isolated.training_step(apart, ["--network", network, "--optimizer", optimizer])
+    report = isolated.training_step(apart, train_step.Options(network=network, optimizer=optimizer))
 
     assert report.ok, report.checks
     assert report.extra["kohya_trainer_ran"] is True
