@@ -50,7 +50,9 @@ def test_on_a_mac_only_full_precision_is_accepted_and_the_reason_told(
 ) -> None:
     monkeypatch.setattr("kohya_mps.configure.expected_device", lambda: "mps")
     check_precision(settings)
-    with pytest.raises(UsageError, match=f"'{precision}' does not work on mps with the profile small") as caught:
+    with pytest.raises(
+        UsageError, match=f"'{precision}' does not work on mps with the profile small"
+    ) as caught:
         check_precision(with_precision(settings, precision))
     assert caught.value.fix.startswith("accepted: no (")
 
@@ -82,7 +84,9 @@ def test_the_configuration_never_keeps_accelerate_on_the_cpu(settings: Settings)
     assert wanted["mixed_precision"] == "no"
 
 
-def test_a_configuration_is_current_only_if_every_field_is_as_wanted(settings: Settings, tmp_path: Path) -> None:
+def test_a_configuration_is_current_only_if_every_field_is_as_wanted(
+    settings: Settings, tmp_path: Path
+) -> None:
     wanted = configure.fields(settings)
     path = tmp_path / "file.yaml"
     path.write_text(yaml.safe_dump({**wanted, "further": 1}))
@@ -99,7 +103,9 @@ def test_a_configuration_is_current_only_if_every_field_is_as_wanted(settings: S
     assert not is_current(tmp_path / "none", wanted)
 
 
-def test_the_default_location_is_accelerates_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default: Path) -> None:
+def test_the_default_location_is_accelerates_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default: Path
+) -> None:
     assert default_location() == default
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert default_location() == tmp_path / "cache" / "huggingface" / "accelerate" / "default_config.yaml"
@@ -214,10 +220,14 @@ def test_a_default_that_cannot_be_written_does_not_stop_us(
     assert report.ok
 
 
-def test_an_environment_that_cannot_write_it_is_told_with_the_remedy(settings: Settings, tmp_path: Path) -> None:
+def test_an_environment_that_cannot_write_it_is_told_with_the_remedy(
+    settings: Settings, tmp_path: Path
+) -> None:
     broken = Generation(tmp_path / "broken")
     (broken.venv / "bin").mkdir(parents=True)
-    broken.python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'accelerate'\" >&2\nexit 1\n")
+    broken.python.write_text(
+        "#!/bin/sh\necho \"ModuleNotFoundError: No module named 'accelerate'\" >&2\nexit 1\n"
+    )
     broken.python.chmod(0o755)
     with pytest.raises(StepFailed, match="No module named 'accelerate'") as caught:
         configure.configure(settings, broken)
@@ -227,7 +237,7 @@ def test_an_environment_that_cannot_write_it_is_told_with_the_remedy(settings: S
 def test_what_accelerate_reads_back_differently_is_an_error(settings: Settings, tmp_path: Path) -> None:
     odd = Generation(tmp_path / "odd")
     (odd.venv / "bin").mkdir(parents=True)
-    odd.python.write_text("#!/bin/sh\necho '{\"use_cpu\": true, \"mixed_precision\": \"MixedPrecision.NO\"}'\n")
+    odd.python.write_text('#!/bin/sh\necho \'{"use_cpu": true, "mixed_precision": "MixedPrecision.NO"}\'\n')
     odd.python.chmod(0o755)
     with pytest.raises(StepFailed, match="use_cpu is True, not False") as caught:
         configure.configure(settings, odd)

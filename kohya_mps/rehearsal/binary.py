@@ -66,10 +66,11 @@ class _Image:
         import lief
 
         binary = lief.MachO.parse(str(path))
-        if binary is None or len(binary) != 1:
+        image = binary.at(0) if binary is not None and len(binary) == 1 else None
+        if image is None:
             raise StepFailed(f"{path}: is no Mach-O library for one architecture")
         self.path = path
-        image = binary.at(0)  # valid as long as ``binary`` is
+        # The image is valid as long as ``binary`` is.
         sections = {section.name: section for section in image.sections}
         text, strings = sections["__text"], sections["__cstring"]
         self._code, self._characters = bytes(text.content), bytes(strings.content)

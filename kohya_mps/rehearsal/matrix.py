@@ -115,7 +115,7 @@ def _family(stage: Stage, chosen: Settings, family: str, wanted: Wanted) -> Outc
     everything = [one for group in both for one in group]
     places = {one.name: _place(stage, one, code) for one in everything}
     pending: list[Request] = []
-    for one in everything:
+    for one in reversed(everything):  # what an interrupted run has by then: the options say more
         if not all((places[one.name] / device / "record.json").exists() for device in ("mps", "cpu")):
             pending += runner.requests(stage, one, places[one.name], fallback=False)
     say(f"  {family}: {len(everything)} trainings, {len(pending) // 2} of them to be rehearsed")
@@ -176,7 +176,7 @@ def _merged(new: list[Outcomes]) -> list[Outcomes]:
 
 def _check(outcomes: Outcomes) -> Check:
     count = sum(cell.trains for cell in outcomes.cells)
-    apart = [cell.name for cell in outcomes.cells if cell.trains and cell.apart > verdict.TOLERANCE]
+    apart = [cell.name for cell in outcomes.cells if (cell.apart or 0) > verdict.TOLERANCE]
     detail = f"{count} of {len(outcomes.cells)} train"
     if apart:
         detail += f"; losses are not the CPU's: {', '.join(apart)}"
