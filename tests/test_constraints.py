@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kohya_mps import constraints, settings
+from kohya_mps import constraints, locks, settings
 from kohya_mps.constraints import LINUX_X86_64, MAC_ARM64
-from kohya_mps.errors import StepFailed, UsageError
+from kohya_mps.errors import UsageError
 
 HASH = "--hash=sha256:" + "0" * 64
 LOCKS = sorted(settings.CONSTRAINTS.glob("*.txt"))
@@ -108,8 +108,8 @@ def test_a_committed_lock_is_exact_hashed_and_names_no_place(path: Path) -> None
 
 
 def test_every_intent_has_its_lock_and_every_lock_its_intent() -> None:
-    assert {path.stem for path in LOCKS} == set(constraints.names())
-    assert constraints.names()[-1] == "dev"  # it is made from what tools.txt says
+    assert {path.stem for path in LOCKS} == set(locks.names())
+    assert locks.names()[-1] == "dev"  # it is made from what tools.txt says
 
 
 def test_the_validated_lock_has_the_validated_set_on_both_systems() -> None:
@@ -142,25 +142,3 @@ def test_a_mac_gets_fewer_packages_than_linux_and_no_others() -> None:
 def test_the_markers_that_are_used_are_the_machines_own() -> None:
     assert constraints.here(mac=True) is MAC_ARM64
     assert constraints.here(mac=False) is LINUX_X86_64
-
-
-@pytest.fixture
-def intent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constraints, "CONSTRAINTS", tmp_path)
-    return tmp_path / "some.in"
-
-
-def test_an_intent_without_its_day_is_refused(intent: Path) -> None:
-    intent.write_text("plain\n")
-    with pytest.raises(UsageError, match="exclude-newer"):
-        constraints.make("some")
-    with pytest.raises(UsageError, match="exclude-newer"):
-        constraints.make("some", cutoff="2026-01-01")
-
-
-def test_an_intent_that_cannot_be_met_leaves_the_lock_as_it_was(intent: Path) -> None:
-    intent.write_text("# exclude-newer: 2026-02-20\n--no-index\nno-such-package\n")
-    intent.with_suffix(".txt").write_text("old")
-    with pytest.raises(StepFailed, match="no lock can be made"):
-        constraints.make("some")
-    assert intent.with_suffix(".txt").read_text() == "old"

@@ -10,7 +10,21 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
+
 LINUX = "cp311-cp311-manylinux_2_28_x86_64"
+
+
+def only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Packages come from this folder alone, whatever pip and uv are configured to on this machine."""
+    empty = folder.parent / "empty-index"
+    empty.mkdir(exist_ok=True)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("UV_NO_CONFIG", "1")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", empty.as_uri())
+    monkeypatch.setenv("UV_FIND_LINKS", str(folder))
 
 
 def wheel(
