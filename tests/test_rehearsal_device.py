@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import pytest
 
 from kohya_mps import generations, isolated, settings
 from kohya_mps.home import Home
-from kohya_mps.rehearsal import operators, runner, verdict
+from kohya_mps.rehearsal import matrix, operators, runner, verdict
 from kohya_mps.rehearsal.operators import Served
 from kohya_mps.rehearsal.record import Finding, Kind, Record
 from kohya_mps.rehearsal.request import Request
 from kohya_mps.rehearsal.runner import Stage, Training
 
 pytestmark = pytest.mark.environment
+
+needs_upstream = pytest.mark.skipif(
+    not (os.environ.get("KOHYA_REPO_URL") and os.environ.get("KOHYA_COMMIT")),
+    reason="KOHYA_REPO_URL and KOHYA_COMMIT do not name a real kohya_ss",
+)
 
 FAULTS = Path(__file__).with_name("planted_faults.py")
 
@@ -176,3 +182,80 @@ def test_a_training_that_dies_says_where_its_log_is(stage: Stage) -> None:
 
     assert str(log) in runner.result(one).error
     assert "so far so good" in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def with_kohya(stage: Stage) -> Stage:
+    chosen = settings.load(profile="validated")
+    tree = isolated.kohya_checkout(chosen, msgspec.structs.replace(chosen, home=isolated.PLACE))
+    return msgspec.structs.replace(stage, sd_scripts=tree / "sd-scripts")
+
+
+def rehearsed(stage: Stage, name: str, family: str = "sd15") -> tuple[Record, Record]:
+    """One of the matrix's trainings with kohya's trainer: on the simulated device, and on the CPU."""
+    known = runner.trainings()
+    everything = (*matrix.combinations(known, family), *matrix.options(known, family))
+    training = next(one for one in everything if one.name == name)
+    pair = runner.requests(stage, training, stage.work / "one", fallback=False)
+    runner.run(stage, pair, jobs=1)
+    return runner.result(pair[0]), runner.result(pair[1])
+
+
+@needs_upstream
+@pytest.mark.upstream
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("loha with Lion", "sd15"), ("saving the state", "sd15"), ("lora with AdamW", "sdxl")],
+)
+def test_kohyas_trainer_has_the_losses_of_the_cpu(with_kohya: Stage, name: str, family: str) -> None:
+    simulated, on_cpu = rehearsed(with_kohya, name, family)
+
+    assert simulated.error == on_cpu.error == ""
+    assert verdict.difference(simulated, on_cpu) <= verdict.TOLERANCE
+    assert simulated.count(Served.MISSING) == 0
+
+
+@needs_upstream
+@pytest.mark.upstream
+@pytest.mark.parametrize(
+    ("name", "error", "place"),
+    [
+        (
+            "mixed precision fp16",
+            "ValueError: fp16 mixed precision requires a GPU (not 'mps')",
+            "accelerate/",
+        ),
+        ("validation", "AssertionError: Torch not compiled with CUDA enabled", "train_network.py:"),
+        (
+            "huber loss, snr schedule (default)",
+            "RuntimeError: Expected all tensors to be on the same device",
+            "library/train_util.py:",
+        ),
+    ],
+)
+def test_what_users_report_from_macs_is_reproduced(
+    with_kohya: Stage, name: str, error: str, place: str
+) -> None:
+    simulated, on_cpu = rehearsed(with_kohya, name)
+
+    assert simulated.error.startswith(error)
+    assert simulated.error_at.startswith(place)
+    assert not verdict.same_error(simulated, on_cpu)
+
+
+@needs_upstream
+@pytest.mark.upstream
+def test_an_interrupted_matrix_goes_on_where_it_was(
+    with_kohya: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings.load(profile="validated")
+    wanted = matrix.Wanted(("validated",), ("sd15",), "lora with SGD", 1)
+    first = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
+    asked: list[Request] = []
+    monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: asked.extend(requests))
+
+    again = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
+
+    assert again == first
+    assert [cell.trains for cell in first.combinations] == [True]
+    assert asked == []

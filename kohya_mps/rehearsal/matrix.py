@@ -92,7 +92,7 @@ def rehearse(wanted: Wanted) -> Report:
         with held(Home(isolated.PLACE)):
             stage = runner.prepare(chosen, builtin=False)
             for family in wanted.families:
-                done.append(_family(stage, chosen, family, wanted))
+                done.append(rehearse_family(stage, chosen, family, wanted))
                 checks.append(_check(done[-1]))
     if not wanted.only:
         outcomes = _merged(done)
@@ -104,7 +104,7 @@ def rehearse(wanted: Wanted) -> Report:
     )
 
 
-def _family(stage: Stage, chosen: Settings, family: str, wanted: Wanted) -> Outcomes:
+def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted) -> Outcomes:
     """Run what has no record yet, and boil all records down."""
     code = _code_digest()
     known = runner.trainings()

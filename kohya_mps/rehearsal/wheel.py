@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from .. import constraints, front
+from .. import constraints, front, sources
 from ..errors import StepFailed, UsageError
 from ..home import write
 from ..process import capture, scrubbed, stream, uv
@@ -72,9 +72,8 @@ def unpack(profile: Profile, target: Path) -> None:
     wanted.write_text(f"{pin.name}=={pin.version} {hashes}\n", encoding="utf-8")
     command = [uv(), "pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--python-platform", "aarch64-apple-darwin", "--python-version", profile.python]
-    finished = stream(
-        [*command, "--target", target, "-r", wanted], env=scrubbed(extra={"MACOSX_DEPLOYMENT_TARGET": _MACOS})
-    )
+    environ = scrubbed(extra={**sources.for_uv(), "MACOSX_DEPLOYMENT_TARGET": _MACOS})
+    finished = stream([*command, "--target", target, "-r", wanted], env=environ)
     if finished.returncode:
         raise StepFailed(f"torch {pin.version}'s macOS wheel cannot be had: uv's reason is above")
 
