@@ -22,7 +22,7 @@ from .process import Finished, scrubbed, stream, uv
 from .report import Check, Report, say
 from .settings import ROOT, Settings, load
 
-PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation")
+PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "rehearse")
 
 
 # On the disk that the environments are on: links from uv's cache do not cross file systems.
@@ -72,6 +72,7 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "train_step": _train_step,
         "list": _list,
         "generation": _generation,
+        "rehearse": _rehearse,
     }
     rows: list[Row] = []
     _SCRATCH.mkdir(exist_ok=True)
@@ -231,6 +232,26 @@ def _generation(settings: Settings, scratch: Path, times: int) -> list[Row]:
     shutil.rmtree(scratch / "second")
     added = (both - first) / 1e6
     return [Row("disk of a second generation", "the first", (added, first / 1e6), "MB", 0.05)]
+
+
+def _rehearse(settings: Settings, _scratch: Path, times: int) -> list[Row]:
+    from .rehearsal import runner
+    from .rehearsal.record import Record
+
+    def seconds(record: Record) -> float:
+        if record.error:
+            raise StepFailed(f"the training on {record.device} failed: {record.error}")
+        return record.seconds
+
+    stage = runner.prepare(settings, builtin=True)
+    training = runner.Training("lora with AdamW", "", ("lora", "AdamW", "20"))
+    rounds: list[tuple[float, float]] = []
+    for _ in range(min(times, 3)):
+        pair = runner.requests(stage, training, stage.work / "bench", fallback=False)
+        runner.run(stage, pair, jobs=1)
+        rounds.append((seconds(runner.result(pair[0])), seconds(runner.result(pair[1]))))
+    measured = tuple(statistics.median(column) for column in zip(*rounds, strict=True))
+    return [Row("training on the simulated device", "the same on the CPU", measured, "s", 2.5)]
 
 
 def _disk(*trees: Path) -> int:

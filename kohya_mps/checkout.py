@@ -467,9 +467,16 @@ def _command(path: Path) -> list[str]:
 
 def _environment(path: Path) -> dict[str, str]:
     """Git asks for no password in the middle of a set-up, answers in the language that is
-    read here, and never takes a repository further up for the one in ``path``."""
-    above = str(path.resolve().parent)
-    return scrubbed(extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", "GIT_CEILING_DIRECTORIES": above})
+    read here, never takes a repository further up for the one in ``path``, and does not
+    lock the index only to look: killed then, it would leave the lock behind."""
+    return scrubbed(
+        extra={
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_OPTIONAL_LOCKS": "0",
+            "GIT_CEILING_DIRECTORIES": str(path.resolve().parent),
+            "LC_ALL": "C",
+        }
+    )
 
 
 def _git(path: Path, *arguments: str) -> str:

@@ -14,9 +14,9 @@ def argv(generation: Generation, script: Path | str, *arguments: str) -> list[st
 
     A plain ``python script`` ignores the configuration and would see MPS where the trainer
     does not. The module is named instead of ``bin/accelerate``, whose first line cannot
-    hold every path that a home may have.
+    hold every path that a home may have; ``-P`` keeps the working directory's modules out.
     """
-    launcher = [str(generation.python), "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher = [str(generation.python), "-P", "-m", "accelerate.commands.accelerate_cli", "launch"]
     return [*launcher, "--config_file", str(generation.accelerate_config), str(script), *arguments]
 
 

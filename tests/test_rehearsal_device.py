@@ -249,7 +249,7 @@ def test_an_interrupted_matrix_goes_on_where_it_was(
     with_kohya: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings.load(profile="validated")
-    wanted = matrix.Wanted(("validated",), ("sd15",), "lora with SGD", 1)
+    wanted = matrix.Wanted(("validated",), ("sd15",), "lokr with SGD", 1)
     first = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
     asked: list[Request] = []
     monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: asked.extend(requests))
