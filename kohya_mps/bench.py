@@ -15,7 +15,7 @@ import msgspec
 
 from . import constraints, environment, front, launch, train_step
 from .errors import StepFailed
-from .home import Home
+from .home import Home, held
 from .install import installed
 from .isolated import PLACE
 from .process import Finished, scrubbed, stream, uv
@@ -243,13 +243,14 @@ def _rehearse(settings: Settings, _scratch: Path, times: int) -> list[Row]:
             raise StepFailed(f"the training on {record.device} failed: {record.error}")
         return record.seconds
 
-    stage = runner.prepare(settings, builtin=True)
     training = runner.Training("lora with AdamW", "", ("lora", "AdamW", "20"))
     rounds: list[tuple[float, float]] = []
-    for _ in range(min(times, 3)):
-        pair = runner.requests(stage, training, stage.work / "bench", fallback=False)
-        runner.run(stage, pair, jobs=1)
-        rounds.append((seconds(runner.result(pair[0])), seconds(runner.result(pair[1]))))
+    with held(Home(PLACE)):
+        stage = runner.prepare(settings, builtin=True)
+        for _ in range(min(times, 3)):
+            pair = runner.requests(stage, training, stage.work / "bench", fallback=False)
+            runner.run(stage, pair, jobs=1)
+            rounds.append((seconds(runner.result(pair[0])), seconds(runner.result(pair[1]))))
     measured = tuple(statistics.median(column) for column in zip(*rounds, strict=True))
     return [Row("training on the simulated device", "the same on the CPU", measured, "s", 2.5)]
 

@@ -4,6 +4,7 @@ Runs under the trainer's interpreter. Each fault's line carries its name in a co
 how it ended is written to the file that is named on the command line.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def device_of_everything() -> Any:
     weight = layer.weight
     layer.to("mps")
     assert layer.weight is weight
+    assert isinstance(copy.deepcopy(layer).weight, torch.nn.Parameter)
     return [str(weight.device), str(torch.zeros_like(weight).device), str(weight.cpu().device)]
 
 

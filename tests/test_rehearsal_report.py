@@ -127,6 +127,14 @@ def test_the_table_says_predicted_and_gives_each_reason_once() -> None:
     assert "they differ by at most 2e-07 relative" in page
 
 
+def test_what_upstream_says_twice_is_told_once() -> None:
+    both = Cell("fp8", False, "AssertionError: fp8 requires fp16 / fp8\u3092 (train_network.py:812)")
+
+    assert "1. `AssertionError: fp8 requires fp16 (train_network.py:812)`" in table.render(
+        [outcomes("a", both)]
+    )
+
+
 def replace_error(cell: Cell) -> Cell:
     """The same failure of another profile."""
     return Cell(cell.name, cell.trains, cell.error)

@@ -145,10 +145,17 @@ def _entry(cell: Cell | None, notes: list[str]) -> str:
     if cell.trains:
         slow = f" ({', '.join(cell.on_cpu)} on the CPU)" if cell.on_cpu else ""
         return TRAINS + slow + _losses(cell)
-    note = f"`{cell.error}`"
+    note = f"`{_in_english(cell.error)}`"
     if note not in notes:
         notes.append(note)
     return f"{FAILS_EVERYWHERE if cell.everywhere else FAILS} [{notes.index(note) + 1}]"
+
+
+def _in_english(error: str) -> str:
+    """sd-scripts says things twice, behind a slash in Japanese; the place follows in parentheses."""
+    english, slash, _ = error.partition(" / ")
+    place = error[error.rfind(" (") :] if error.endswith(")") else ""
+    return english + place if slash else error
 
 
 def _losses(cell: Cell) -> str:

@@ -129,9 +129,9 @@ class SimulatedTensor(torch.Tensor):
         return self.held.detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SimulatedTensor:
-        with torch.no_grad():
-            copy = self.clone()
-        copy.requires_grad_(self.requires_grad)
+        copy: Any = SimulatedTensor(self.held.detach().clone()).requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, self.requires_grad)
         memo[id(self)] = copy
         return copy
 
