@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,22 @@ def test_what_is_registered_from_python_is_found_under_any_import(tmp_path: Path
     )
 
     assert wheel.from_python(source) == {"group": "torch._refs:group", "backward": "torch._decomp:backward"}
+
+
+def test_nothing_else_needs_the_rehearsals() -> None:
+    """Everything that people type still loads where the package has been removed."""
+    modules = sorted(path.stem for path in (settings.ROOT / "kohya_mps").glob("*.py"))
+    names = ["tasks", "noxfile", *(f"kohya_mps.{name}" for name in modules if name != "__init__")]
+    code = "import sys, importlib; sys.modules['kohya_mps.rehearsal'] = None\n" + "\n".join(
+        f"importlib.import_module({name!r})" for name in names
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=settings.ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "kohya_mps.settings" in names
 
 
 @pytest.mark.environment

@@ -89,7 +89,7 @@ def load(version: str) -> Operators:
     if not path.exists():
         raise LookupError(
             f"there is no operator data for torch {version}, only for {', '.join(known()) or 'none'}: "
-            f"`nox -s rehearse_data -- PROFILE` makes it from the macOS wheel"
+            "`nox -s rehearse_data` makes it from the macOS wheel"
         )
     data = json.loads(path.read_text(encoding="utf-8"))
     return Operators(

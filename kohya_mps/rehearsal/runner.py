@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from .. import isolated, launch, settings, train_step
+from .. import constraints, isolated, launch, settings, train_step
 from ..errors import StepFailed, UsageError
 from ..generations import Generation
 from ..home import Home, held
 from ..process import stream
 from ..report import Report, say
 from ..settings import CONFIG, PROBES, ROOT, Settings, on_mac, read_yaml
-from . import record, request, verdict
+from . import operators, record, request, verdict
 from .record import Record
 from .request import Request
 
@@ -118,7 +118,7 @@ def rehearse(wanted: Wanted) -> Report:
     """Train once on the simulated device and once on the CPU, and compare.
 
     Raises:
-        UsageError: there is no simulation here: this is a Mac, or there is no data for this torch.
+        UsageError: nothing can be simulated here, or the built-in step has no such network.
     """
     table = trainings()
     arguments = (*table.networks[wanted.network], *table.optimizers[wanted.optimizer], *wanted.arguments)
@@ -141,9 +141,18 @@ def rehearse(wanted: Wanted) -> Report:
 
 
 def prepare(chosen: Settings, *, builtin: bool) -> Stage:
-    """Build the environment apart from the user's, bring the trainer, and find a place to work in."""
+    """Build the environment apart from the user's, bring the trainer, and find a place to work in.
+
+    Raises:
+        UsageError: nothing can be simulated: this is a Mac, or there is no data for the profile's torch.
+    """
     if on_mac():
         raise UsageError("this is a Mac: it has the real device", "`nox -s train_step` trains on it")
+    lock = constraints.read(chosen.profile.lock_file)
+    try:
+        operators.load(lock.versions(constraints.LINUX_X86_64)["torch"])
+    except LookupError as error:
+        raise UsageError(str(error), f"`nox -s rehearse_data -- {chosen.profile_name}`") from error
     apart = msgspec.structs.replace(chosen, home=isolated.PLACE)
     tree = None if builtin else isolated.kohya_checkout(chosen, apart)
     generation = isolated.ready(apart)

@@ -23,12 +23,12 @@ def train(request: Request) -> Record:
     """Run the script of the request in this process, which is good for nothing else afterwards."""
     recorder = Recorder()
     losses: list[float] = []
-    if request.device == "mps":
-        simulate(recorder, fallback=request.fallback)
-    _note_losses(losses)
     error = error_at = ""
     started = time.monotonic()
     try:
+        if request.device == "mps":
+            simulate(recorder, fallback=request.fallback)
+        _note_losses(losses)
         _run(request)
     except SystemExit as stop:
         error = "" if stop.code in (None, 0) else f"the script ended with {stop.code}"
