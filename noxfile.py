@@ -147,3 +147,12 @@ def rehearse_data(session: nox.Session) -> None:
     """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ...]."""
     session.install(*DEV)
     session.run("python", "-m", "kohya_mps.rehearsal.wheel", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def chaos(session: nox.Session) -> None:
+    """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
+    from kohya_mps import chaos
+
+    given = chaos.parse(session.posargs)
+    front.run(lambda: chaos.run(settings.load(), given), json=given.json)

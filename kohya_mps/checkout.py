@@ -228,7 +228,7 @@ class _Tree:
         if interrupted:
             self._finish(interrupted)
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
-        if not here and not interrupted:
+        if not here and not (interrupted and not interrupted.came_from):
             self._git("rev-parse", "--git-dir")
             raise _Damaged("HEAD names no commit")
         if here not in ("", commit) and not self.is_submodule:
@@ -395,6 +395,8 @@ class _Tree:
         self._git("init", "--quiet")
         self._drop_locks()
         self._exclude("/.git.damaged*")
+        if not self.is_submodule:
+            self._exclude(f"/{STATE}/")
         try:
             self._fetch(came_from or commit)
         except KohyaError:
