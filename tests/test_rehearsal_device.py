@@ -194,7 +194,7 @@ def with_kohya(stage: Stage) -> Stage:
 def rehearsed(stage: Stage, name: str, family: str = "sd15") -> tuple[Record, Record]:
     """One of the matrix's trainings with kohya's trainer: on the simulated device, and on the CPU."""
     known = runner.trainings()
-    everything = (*matrix.combinations(known, family), *matrix.options(known, family))
+    everything = (*matrix.combinations(known, "validated", family), *matrix.options(known, family))
     training = next(one for one in everything if one.name == name)
     pair = runner.requests(stage, training, stage.work / "one", fallback=False)
     runner.run(stage, pair, jobs=1)

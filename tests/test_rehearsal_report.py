@@ -163,15 +163,24 @@ def test_every_training_of_the_outcomes_is_one_that_is_rehearsed() -> None:
     known = runner.trainings()
     for one in table.load(matrix.OUTCOMES):
         assert [cell.name for cell in one.combinations] == [
-            t.name for t in matrix.combinations(known, one.family)
+            t.name for t in matrix.combinations(known, one.profile, one.family)
         ]
         assert [cell.name for cell in one.options] == [t.name for t in matrix.options(known, one.family)]
+
+
+def test_elsewhere_each_network_and_optimizer_is_met_once() -> None:
+    known = runner.trainings()
+
+    names = [one.name for one in matrix.combinations(known, "latest", "sdxl")]
+
+    assert len(names) == len(known.networks) + len(known.optimizers) - 1
+    assert {"lora with Lion", "oft with AdamW"} < set(names)
 
 
 def test_every_optimizer_meets_every_network_and_every_option_stands_alone() -> None:
     known = runner.trainings()
 
-    pairs = matrix.combinations(known, "sd15")
+    pairs = matrix.combinations(known, "validated", "sd15")
     alone = matrix.options(known, "sd15")
 
     assert len(pairs) == len(known.networks) * len(known.optimizers)

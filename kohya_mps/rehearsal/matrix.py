@@ -62,17 +62,14 @@ def parse(arguments: Sequence[str]) -> Wanted:
     return Wanted(profiles, tuple(given.family or families), given.only, given.jobs or runner.most_jobs())
 
 
-def combinations(known: Trainings, family: str) -> list[Training]:
-    """Networks and optimizers.
-
-    Every network meets every optimizer on Stable Diffusion 1.5; the larger models meet each once.
-    """
+def combinations(known: Trainings, profile: str, family: str) -> list[Training]:
+    """Networks with optimizers: all with all where the table says so, else each with the plainest other."""
     network, optimizer = _PLAIN
     return [
         Training(table.pair(one, other), family, (*known.networks[one], *known.optimizers[other]))
         for one in known.networks
         for other in known.optimizers
-        if family == next(iter(known.trainers)) or one == network or other == optimizer
+        if (profile, family) == known.thorough or one == network or other == optimizer
     ]
 
 
@@ -110,7 +107,7 @@ def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted)
     known = runner.trainings()
     both = [
         [one for one in group if wanted.only in one.name]
-        for group in (combinations(known, family), options(known, family))
+        for group in (combinations(known, chosen.profile_name, family), options(known, family))
     ]
     everything = [one for group in both for one in group]
     places = {one.name: _place(stage, one, code) for one in everything}
