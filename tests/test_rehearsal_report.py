@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,10 @@ GOOD = Record(
 FAILED = replace(GOOD, losses=(), error="RuntimeError: no", error_at="train.py:3")
 
 
-def judged(simulated: Record, on_cpu: Record = CPU, *, fallback: bool = False) -> Report:
-    return verdict.report("lora", "validated", simulated, on_cpu, fallback, {"mps": "log"})
+def judged(simulated: Record, on_cpu: Record = CPU, **options: Any) -> Report:
+    return verdict.report(
+        "lora", "validated", simulated, on_cpu, **{"fallback": False, "logs": {"mps": "log"}, **options}
+    )
 
 
 def row(report: Report, name: str) -> Check:
@@ -48,6 +51,25 @@ def test_a_training_with_the_losses_of_the_cpu_is_good_and_predicted() -> None:
 @pytest.mark.parametrize("losses", [(1.0, 0.50001), (1.0,), (), (1.0, math.nan)])
 def test_other_losses_than_the_cpus_are_a_failure(losses: tuple[float, ...]) -> None:
     assert row(judged(replace(GOOD, losses=losses)), "losses").status is Status.FAIL
+
+
+@pytest.mark.parametrize(("apart", "status"), [(1e-3, Status.PASS), (1e-2, Status.FAIL)])
+def test_half_precision_is_compared_as_half_precision(apart: float, status: Status) -> None:
+    near = replace(GOOD, losses=(1.0 + apart, 0.5))
+
+    assert row(judged(near, tolerance=verdict.HALF_TOLERANCE), "losses").status is status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "no"),
+        (("--save_precision", "fp16"), "no"),
+        (("--mixed_precision", "fp16", "--mixed_precision", "bf16"), "bf16"),
+    ],
+)
+def test_the_last_mixed_precision_counts(arguments: tuple[str, ...], expected: str) -> None:
+    assert runner.precision(runner.Training("lora", "sd15", arguments), "no") == expected
 
 
 def test_a_training_that_fails_names_the_place_and_the_log() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -141,7 +142,22 @@ def rehearse(wanted: Wanted) -> Report:
         run(stage, pair, jobs=1)
         simulated, on_cpu = (result(one) for one in pair)
     logs = {one.device: one.log for one in pair}
-    return verdict.report(training.name, chosen.profile_name, simulated, on_cpu, wanted.fallback, logs)
+    half = precision(training, stage.precision) != "no"
+    return verdict.report(
+        training.name,
+        chosen.profile_name,
+        simulated,
+        on_cpu,
+        fallback=wanted.fallback,
+        logs=logs,
+        tolerance=verdict.HALF_TOLERANCE if half else verdict.TOLERANCE,
+    )
+
+
+def precision(training: Training, otherwise: str) -> str:
+    """The mixed precision that a training asks for: of an option that is repeated the last counts."""
+    words = ("--mixed_precision", otherwise, *training.arguments)
+    return next(value for name, value in reversed(list(pairwise(words))) if name == "--mixed_precision")
 
 
 def prepare(chosen: Settings, *, builtin: bool) -> Stage:

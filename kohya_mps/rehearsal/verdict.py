@@ -11,6 +11,8 @@ from .record import Finding, Kind, Operator, Record
 
 #: Losses of two correct devices differ by rounding alone.
 TOLERANCE = 1e-5
+#: In half precision autocast rounds other operators on MPS than on the CPU: one step of bfloat16.
+HALF_TOLERANCE = 2**-8
 
 LIMITS = (
     "Predicted: no MPS device was seen. Not simulated: numerical differences, memory and speed of the real "
@@ -20,7 +22,14 @@ LIMITS = (
 
 
 def report(
-    name: str, profile: str, simulated: Record, on_cpu: Record, fallback: bool, logs: Mapping[str, str]
+    name: str,
+    profile: str,
+    simulated: Record,
+    on_cpu: Record,
+    *,
+    fallback: bool,
+    logs: Mapping[str, str],
+    tolerance: float = TOLERANCE,
 ) -> Report:
     """Judge a rehearsal against the same training on the CPU.
 
@@ -31,10 +40,11 @@ def report(
         on_cpu: the same on the CPU.
         fallback: whether ``PYTORCH_ENABLE_MPS_FALLBACK=1`` was assumed.
         logs: by device, the file with what the trainer printed.
+        tolerance: how far the losses may be from the CPU's, relative.
     """
     checks = (
         trained(simulated, on_cpu, logs),
-        losses(simulated, on_cpu),
+        losses(simulated, on_cpu, tolerance),
         operators(simulated, fallback),
         *(finding(one, survived=not simulated.error) for one in simulated.findings),
     )
@@ -67,7 +77,7 @@ def same_error(simulated: Record, on_cpu: Record) -> bool:
     return bool(simulated.error) and simulated.error == on_cpu.error
 
 
-def losses(simulated: Record, on_cpu: Record) -> Check:
+def losses(simulated: Record, on_cpu: Record, tolerance: float) -> Check:
     """Whether the losses are those of the CPU, as far as rounding lets them."""
     if simulated.error or on_cpu.error:
         return Check("losses", Status.SKIP, "there is nothing to compare")
@@ -75,7 +85,7 @@ def losses(simulated: Record, on_cpu: Record) -> Check:
     shown = ", ".join(f"{loss:.6f}" for loss in simulated.losses)
     return Check.of(
         "losses",
-        apart <= TOLERANCE,
+        apart <= tolerance,
         f"{shown}; {apart:.1e} relative from the CPU's",
         "the simulation, or an operator's decomposition, computes something else",
     )

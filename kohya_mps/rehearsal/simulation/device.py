@@ -30,7 +30,7 @@ GENERATORS: dict[int, Any] = {}
 
 # Composite operators that ask in C++ which device they are on and hand over to one of its
 # kernels; builds for Linux leave that branch out. The kernel that serves each on a Mac:
-# ATen/native/Convolution.cpp, Copy.cpp, TensorConversions.cpp, Linear.cpp of torch 2.5.1.
+# ATen/native/Convolution.cpp, Copy.cpp and TensorConversions.cpp of torch 2.5.1.
 BY_DEVICE = {
     "convolution": "_mps_convolution",
     "_convolution": "_mps_convolution",
