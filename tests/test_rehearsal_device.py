@@ -194,7 +194,7 @@ def with_kohya(stage: Stage) -> Stage:
 def rehearsed(stage: Stage, name: str, family: str = "sd15") -> tuple[Record, Record]:
     """One of the matrix's trainings with kohya's trainer: on the simulated device, and on the CPU."""
     known = runner.trainings()
-    everything = (*matrix.combinations(known, "validated", family), *matrix.options(known, family))
+    everything = (*matrix.combinations(known, family, thorough=True), *matrix.options(known, family))
     training = next(one for one in everything if one.name == name)
     pair = runner.requests(stage, training, stage.work / "one", fallback=False)
     runner.run(stage, pair, jobs=1)
@@ -249,7 +249,7 @@ def test_an_interrupted_matrix_goes_on_where_it_was(
     with_kohya: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings.load(profile="validated")
-    wanted = matrix.Wanted(("validated",), ("sd15",), "lokr with SGD", 1)
+    wanted = matrix.Wanted(("validated",), ("sd15",), 1, "lokr with SGD", thorough=True)
     first = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
     asked: list[Request] = []
     monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: asked.extend(requests))

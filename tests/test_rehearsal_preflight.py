@@ -24,7 +24,7 @@ def rehearsed() -> Iterator[tuple[Outcomes, Training, Cell]]:
     known = runner.trainings()
     for one in table.load(matrix.OUTCOMES):
         for training in (
-            *matrix.combinations(known, one.profile, one.family),
+            *matrix.combinations(known, one.family, thorough=True),
             *matrix.options(known, one.family),
         ):
             if cell := one.cell(training.name):

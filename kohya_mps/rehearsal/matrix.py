@@ -36,8 +36,9 @@ class Wanted(msgspec.Struct, frozen=True):
 
     profiles: tuple[str, ...]
     families: tuple[str, ...]
-    only: str
     jobs: int
+    only: str = ""
+    thorough: bool = False
 
 
 def parse(arguments: Sequence[str]) -> Wanted:
@@ -57,19 +58,27 @@ def parse(arguments: Sequence[str]) -> Wanted:
     parser.add_argument(
         "--jobs", type=int, default=0, help="trainings at a time; as memory allows if left out"
     )
+    parser.add_argument(
+        "--thorough", action="store_true", help="every network with every optimizer, not each once"
+    )
     given = parser.parse_args(arguments)
-    profiles = tuple(given.profile or profile_names())
-    return Wanted(profiles, tuple(given.family or families), given.only, given.jobs or runner.most_jobs())
+    return Wanted(
+        tuple(given.profile or profile_names()),
+        tuple(given.family or families),
+        given.jobs or runner.most_jobs(),
+        given.only,
+        given.thorough,
+    )
 
 
-def combinations(known: Trainings, profile: str, family: str) -> list[Training]:
-    """Networks with optimizers: all with all where the table says so, else each with the plainest other."""
+def combinations(known: Trainings, family: str, *, thorough: bool) -> list[Training]:
+    """Networks with optimizers: every one with every other, or each with the plainest other."""
     network, optimizer = _PLAIN
     return [
         Training(table.pair(one, other), family, (*known.networks[one], *known.optimizers[other]))
         for one in known.networks
         for other in known.optimizers
-        if (profile, family) == known.thorough or one == network or other == optimizer
+        if thorough or one == network or other == optimizer
     ]
 
 
@@ -107,7 +116,7 @@ def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted)
     known = runner.trainings()
     both = [
         [one for one in group if wanted.only in one.name]
-        for group in (combinations(known, chosen.profile_name, family), options(known, family))
+        for group in (combinations(known, family, thorough=wanted.thorough), options(known, family))
     ]
     everything = [one for group in both for one in group]
     places = {one.name: _place(stage, one, code) for one in everything}

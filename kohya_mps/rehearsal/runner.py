@@ -31,13 +31,9 @@ _MEMORY_OF_ONE = 3e9
 
 
 class Trainings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``config/rehearsal.yaml``: what can be rehearsed, each a name and what the trainer is told.
-
-    ``thorough`` is the profile and the family with which every network meets every optimizer.
-    """
+    """``config/rehearsal.yaml``: what can be rehearsed, each a name and what the trainer is told."""
 
     trainers: dict[str, str]
-    thorough: tuple[str, str]
     networks: dict[str, tuple[str, ...]]
     optimizers: dict[str, tuple[str, ...]]
     options: dict[str, tuple[str, ...]]
