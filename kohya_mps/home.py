@@ -129,16 +129,7 @@ def held(home: Home) -> Iterator[None]:
     home.state.mkdir(parents=True, exist_ok=True)
     record = home.state / "holder.json"
     lock = FileLock(home.state / "lock")
-    try:
-        # Not zero: `invoke status` takes it for a moment to see whether somebody has it.
-        lock.acquire(timeout=0.1, poll_interval=0.02)
-    except Timeout:
-        holder = _present_holder(record)
-        who = f"process {holder.pid}" if holder else "another process"
-        raise Busy(
-            f"{home.root} is in use by {who}",
-            f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
-        ) from None
+    _take(lock, home, record)
     try:
         killed = _read_holder(record)
         left = (killed.mark, *killed.left) if killed else ()
@@ -154,6 +145,27 @@ def held(home: Home) -> Iterator[None]:
     finally:
         os.environ.pop(RUN_MARK, None)
         lock.release()
+
+
+def _take(lock: FileLock, home: Home, record: Path) -> None:
+    """Take the lock, or name who has it."""
+    holder: _Holder | None = None
+    # First not zero: `invoke status` takes the lock for a moment to see whether somebody has
+    # it. Then, while nobody alive has it, longer: a process that a killed run was about to
+    # start keeps the lock open until it has become its own program.
+    for seconds in (0.1, 2.0):
+        try:
+            lock.acquire(timeout=seconds, poll_interval=0.02)
+        except Timeout:
+            if holder := _present_holder(record):
+                break
+        else:
+            return
+    who = f"process {holder.pid}" if holder else "another process"
+    raise Busy(
+        f"{home.root} is in use by {who}",
+        f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
+    )
 
 
 def running(home: Home) -> int | None:
@@ -174,16 +186,23 @@ def running(home: Home) -> int | None:
 
 def _present_holder(record: Path) -> _Holder | None:
     """The run that holds the lock now; it writes its record a moment after it took the lock."""
-    import psutil
-
     deadline = time.monotonic() + 1
     while True:
         holder = _read_holder(record)
-        if holder and psutil.pid_exists(holder.pid):
+        if holder and _alive(holder.pid):
             return holder
         if time.monotonic() > deadline:
             return None
         time.sleep(0.01)
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read_holder(record: Path) -> _Holder | None:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_a_look_at_the_lock_does_not_turn_a_run_away(home: Home, monkeypatch: py
         monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(lock, fcntl.LOCK_UN))
         with held(home):
             pass
+
+
+def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_taken_over(home: Home) -> None:
+    with holder(home) as (process, _):
+        dead = subprocess.Popen([sys.executable, "-c", "pass"])
+        dead.wait()
+        record = home.state / "holder.json"
+        record.write_bytes(record.read_bytes().replace(str(process.pid).encode(), str(dead.pid).encode()))
+        threading.Timer(1.5, process.kill).start()
+        with held(home):
+            assert process.wait(5) == -signal.SIGKILL
 
 
 def test_what_another_installation_runs_is_not_ended(home: Home, tmp_path: Path) -> None:

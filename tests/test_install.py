@@ -250,7 +250,7 @@ def test_the_environment_alone_is_renewed_with_its_configuration(settings: Setti
 
 @pytest.mark.parametrize(("code", "ends_with"), [("sys.exit(0)", 0), ("sys.exit(3)", 3)])
 def test_training_starts_the_trainer_with_the_users_file_and_returns_its_exit_code(
-    code: str, ends_with: int, settings: Settings, tmp_path: Path
+    code: str, ends_with: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = make_upstream(tmp_path / "own")
     said = tmp_path / "said"
@@ -267,8 +267,9 @@ def test_training_starts_the_trainer_with_the_users_file_and_returns_its_exit_co
     setup(own, UNVERIFIED)
     file = tmp_path / "my settings.toml"
     file.write_text("")
-    assert train(own, file) == ends_with
-    assert said.read_text() == repr((["--config_file", str(file)], str(own.home / "sd-scripts")))
+    monkeypatch.chdir(tmp_path)
+    assert train(own, file, check=False) == ends_with
+    assert said.read_text() == repr((["--config_file", str(file)], str(tmp_path)))
     with pytest.raises(UsageError, match="no such file"):
         train(own, tmp_path / "none.toml")
 
@@ -280,12 +281,12 @@ def test_training_without_a_checkout_or_with_a_killed_trainer_is_told(
     file = tmp_path / "x.toml"
     file.write_text("")
     with pytest.raises(UsageError, match="no checkout"):
-        train(settings, file)
+        train(settings, file, check=False)
     trainer = Home(settings.home).sd_scripts / "train_network.py"
     trainer.parent.mkdir(exist_ok=True)
     trainer.write_text("import os; os.kill(os.getpid(), 9)\n")
     with pytest.raises(StepFailed, match="signal 9"):
-        train(settings, file)
+        train(settings, file, check=False)
 
 
 def test_set_up_killed_at_any_time_leaves_the_old_environment_and_the_next_run_ends_good(

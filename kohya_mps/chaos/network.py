@@ -46,7 +46,8 @@ def serving(answer: Answer) -> Iterator[int]:
         try:
             yield server.getsockname()[1]
         finally:
-            server.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # macOS does not shut down what only listens
+                server.shutdown(socket.SHUT_RDWR)
             for connection in connections:
                 connection.close()
 
@@ -117,7 +118,8 @@ def git_server(repository: Path) -> Iterator[int]:
                 raise CannotTry("git has no daemon here")
             yield port
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
 
 
 def network_git(place: Place) -> Row:

@@ -223,7 +223,7 @@ class Place:
         expect(not running, f"processes are left: {running}")
 
     def _temporary_files(self) -> Iterator[Path]:
-        yield from self.temporary.iterdir()
+        yield from (path for path in self.temporary.iterdir() if not _torchs(path))
         yield from self.home.root.glob(".*.new")
         yield from self.home.state.glob("moving-*")
         for place in (self.home.state, *self.home.generations.glob("*")):
@@ -264,9 +264,20 @@ class Place:
     def remove(self) -> None:
         """Forget the installation and its default configuration."""
         end_processes(self.home)
-        for path in (self.home.root, self.root / "huggingface"):
+        for path in (self.home.root, self.root / "huggingface", self.temporary):
             if path.exists():
                 shutil.rmtree(path)
+        self.temporary.mkdir()
+
+
+def _torchs(path: Path) -> bool:
+    """What torch leaves in the system's temporary directory whenever a training is killed.
+
+    It is not told to put it elsewhere: a directory inside a home may be too long a name for
+    the sockets that go there, too.
+    """
+    its = {"_remote_module_non_scriptable.py", "__pycache__"}
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= its
 
 
 def _finish(process: subprocess.Popen[str]) -> Ran:
