@@ -32,6 +32,10 @@ def double_precision_from_numbers() -> Any:
     return torch.tensor([1.0], dtype=torch.float64, device="mps")  # fault: float64 numbers
 
 
+def eighth_precision() -> Any:
+    return MATRIX.to(torch.float8_e4m3fn)  # fault: float8
+
+
 def mixed_devices() -> Any:
     return MATRIX + torch.ones(4)  # fault: mixed devices
 
@@ -92,8 +96,8 @@ def device_of_everything() -> Any:
 
 
 ATTEMPTS: tuple[Callable[[], Any], ...] = (
-    no_kernel, listed_fallback, double_precision, double_precision_from_numbers, mixed_devices, indexing_the_cpu,
-    cuda_state, to_cuda, cpu_generator, integers, gradient_without_kernel, what_is_fine, in_place_shapes,
+    no_kernel, listed_fallback, double_precision, double_precision_from_numbers, eighth_precision, mixed_devices,
+    indexing_the_cpu, cuda_state, to_cuda, cpu_generator, integers, gradient_without_kernel, what_is_fine, in_place_shapes,
     device_of_everything,
 )  # fmt: skip
 

@@ -91,6 +91,13 @@ def test_double_precision_raises_and_is_named(faults: Faults, function: str, fau
     assert faults.finding(fault).kind is Kind.FLOAT64
 
 
+def test_a_type_that_this_torch_does_not_have_on_the_device_is_refused_and_named(faults: Faults) -> None:
+    assert faults.ended["eighth_precision"].startswith(
+        "TypeError: Trying to convert Float8_e4m3fn to the MPS"
+    )
+    assert faults.finding("float8").kind is Kind.REFUSED
+
+
 @pytest.mark.parametrize(
     ("function", "fault", "text"),
     [

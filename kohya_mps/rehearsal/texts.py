@@ -17,6 +17,8 @@ class Text(StrEnum):
         "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
         "Please use float32 instead."
     )
+    # No refusal but the name of a kernel, there since pytorch#194074: without it float8 is refused.
+    FLOAT8_KERNEL = "copy_identity_dense_castout_float8_e4m3fn"
     # native/mps/operations/Linear.mm
     LINEAR = "MPS device does not support linear for non-float inputs"
     LINEAR_WEIGHT = "MPS device does not support linear for non-float weights"

@@ -236,8 +236,9 @@ class Simulator:
                 if tensor.shape != held.shape or tensor.stride() != held.stride():
                     _reshape(tensor, plan.name)
                 return tensor
-        if error := refusals.dtype(held.dtype):
-            self._refuse(Kind.FLOAT64, f"{plan.name} to {held.dtype}", error)
+        if error := self._refusals.dtype(held.dtype):
+            kind = Kind.FLOAT64 if held.dtype == torch.float64 else Kind.REFUSED
+            self._refuse(kind, f"{plan.name} to {held.dtype}", error)
         return SimulatedTensor(held)
 
     def _check_devices(

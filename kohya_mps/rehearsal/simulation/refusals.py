@@ -17,21 +17,19 @@ from ..texts import Text
 
 _Arguments = tuple[Any, ...]
 
+# Types that the device does not know, by their names in C++ (native/mps/OperationUtils.mm, which
+# refuses all that it does not list; pytorch#148420 and pytorch#132624 for float8).
+_UNKNOWN = {
+    torch.complex128: "ComplexDouble",
+    torch.float8_e4m3fn: "Float8_e4m3fn",
+    torch.float8_e5m2: "Float8_e5m2",
+    torch.float8_e4m3fnuz: "Float8_e4m3fnuz",
+    torch.float8_e5m2fnuz: "Float8_e5m2fnuz",
+}
+
 # From macOS 15.1 torch 2.6 and later lift this limit of convolutions (native/mps/operations/
 # Convolution.mm of v2.6.0); the Mac that is simulated is that new.
 _LIFTED = {Text.CONVOLUTION_SIZE: (2, 6)}
-
-
-def dtype(kind: torch.dtype) -> TypeError | None:
-    """Nothing of double precision can be made on the device (mps/EmptyTensor.cpp)."""
-    if kind == torch.float64:
-        return TypeError(Text.FLOAT64.value)
-    if kind == torch.complex128:
-        # c10::toString of the type stands before this text in the same file.
-        return TypeError(
-            "Trying to convert ComplexDouble to the MPS backend but it does not have support for that dtype."
-        )
-    return None
 
 
 def devices(tensors: list[torch.Tensor], *, indexing: bool) -> RuntimeError | None:
@@ -139,11 +137,22 @@ class Refusals:
     def __init__(self, version: str, texts: Iterable[str]) -> None:
         now = tuple(int(part) for part in version.split(".")[:2])
         there = set(texts)
+        self._has_float8 = Text.FLOAT8_KERNEL.value in there
         self._rules: dict[str, list[Rule]] = {}
         for rule in RULES:
             if rule.text.value in there and now < _LIFTED.get(rule.text, (99, 0)):
                 for name in rule.operators:
                     self._rules.setdefault(name, []).append(rule)
+
+    def dtype(self, kind: torch.dtype) -> TypeError | None:
+        """The error that a Mac raises when a tensor of this type is made on the device (mps/EmptyTensor.cpp)."""
+        if kind == torch.float64:
+            return TypeError(Text.FLOAT64.value)
+        if kind not in _UNKNOWN or (kind == torch.float8_e4m3fn and self._has_float8):
+            return None
+        return TypeError(
+            f"Trying to convert {_UNKNOWN[kind]} to the MPS backend but it does not have support for that dtype."
+        )
 
     def reason(self, name: str, args: _Arguments, kwargs: dict[str, Any]) -> Exception | None:
         """The error that a Mac raises for this call, or nothing."""
