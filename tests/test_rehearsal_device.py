@@ -31,7 +31,8 @@ FAULTS = Path(__file__).with_name("planted_faults.py")
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     apart = msgspec.structs.replace(settings.load(profile="validated"), home=isolated.PLACE)
-    generation = generations.active(Home(apart.home)) or isolated.ready(apart)
+    built = {m.profile: g for g in generations.present(Home(apart.home)) if (m := g.manifest())}
+    generation = built.get("validated") or isolated.ready(apart)
     return Stage(generation, None, "no", tmp_path_factory.mktemp("rehearsal"))
 
 

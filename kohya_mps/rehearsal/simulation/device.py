@@ -9,9 +9,8 @@ refuses, and computed on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +22,7 @@ from . import refusals
 from .recorder import Recorder
 
 DEVICE = torch.device("mps:0")
+_CPU = torch.device("cpu")
 
 # The random generators of the device, by the address of the C++ object; kept, so that no
 # other object gets the address.
@@ -176,37 +176,32 @@ class Simulator:
             self.library.impl(name, _never_reached, "MPS")
         self._mode.__enter__()
 
-    @contextlib.contextmanager
-    def seeing_inside(self) -> Iterator[None]:
-        """While an operator is taken apart, its parts are seen as well."""
-        with self._mode:
-            yield
-
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation: the CPU's own when nothing of the device is in it."""
-        tensors = list(_tensors(args, kwargs))
-        simulated = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
+        simulated, others = _tensors(args, kwargs)
         target = kwargs.get("device")
         arrives = target is not None and torch.device(target).type == "mps"
         if not simulated and not arrives:
             return func(*args, **kwargs)
         plan = self._plans.get(func) or self._plan(func)
         self.recorder.operator(plan.name, plan.served, plan.by)
-        self._check_devices(plan, tensors, kwargs, arrives)
+        if arrives:
+            self._check_generator(plan, kwargs)
+        elif others and plan.name not in _ACROSS_DEVICES:
+            self._check_devices(plan, args, others)
         if plan.served is Served.MISSING:
             self._missing(func)
         elif plan.served is Served.FALLBACK:
             self.recorder.finding(Kind.FALLBACK, plan.name)
         if plan.opened is not None and simulated:
-            with self.seeing_inside():
+            with self._mode:  # its parts are seen as well
                 return plan.opened(*args, **kwargs)
         if refusal := self._refusals.reason(plan.name, args, kwargs):
             self._refuse(Kind.REFUSED, plan.name, refusal)
-        return self._compute(func, plan, args, kwargs, simulated, leaves=target is not None and not arrives)
+        return self._compute(plan, args, kwargs, simulated, leaves=target is not None and not arrives)
 
     def _compute(
         self,
-        func: Any,
         plan: _Plan,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -214,11 +209,12 @@ class Simulator:
         leaves: bool,
     ) -> Any:
         """On the held tensors; the outcome is on the device unless it ``leaves`` it."""
-        inner_kwargs = {key: _held(value) for key, value in kwargs.items()}
-        if inner_kwargs.get("device") is not None and not leaves:
-            inner_kwargs["device"] = torch.device("cpu")
-            inner_kwargs.pop("pin_memory", None)
-        outcome = plan.cpu(*(_held(value) for value in args), **inner_kwargs)
+        if kwargs:
+            kwargs = {key: _held(value) for key, value in kwargs.items()}
+            if kwargs.get("device") is not None and not leaves:
+                kwargs["device"] = _CPU
+                kwargs.pop("pin_memory", None)
+        outcome = plan.cpu(*[_held(value) for value in args], **kwargs)
         if leaves or plan.name in _ANSWERS:
             return outcome
         if isinstance(outcome, torch.Tensor):
@@ -241,16 +237,15 @@ class Simulator:
             self._refuse(kind, f"{plan.name} to {held.dtype}", error)
         return SimulatedTensor(held)
 
-    def _check_devices(
-        self, plan: _Plan, tensors: list[torch.Tensor], kwargs: dict[str, Any], arrives: bool
-    ) -> None:
-        error: Exception | None = None
+    def _check_generator(self, plan: _Plan, kwargs: dict[str, Any]) -> None:
         generator = kwargs.get("generator")
-        if arrives and generator is not None and generator._cdata not in GENERATORS:
+        if generator is not None and generator._cdata not in GENERATORS:
             error = RuntimeError("Expected a 'mps' device type for generator but found 'cpu'")
-        elif plan.name not in _ACROSS_DEVICES and not arrives:
-            error = refusals.devices(tensors, indexing=plan.name in _INDEXING)
-        if error is not None:
+            self._refuse(Kind.MIXED, plan.name, error)
+
+    def _check_devices(self, plan: _Plan, args: tuple[Any, ...], others: list[torch.Tensor]) -> None:
+        indexed = args[0] if plan.name in _INDEXING else None
+        if error := refusals.devices(others, indexed):
             self._refuse(Kind.MIXED, plan.name, error)
 
     def _missing(self, func: Any) -> None:
@@ -341,12 +336,24 @@ def _function(path: str) -> Callable[..., Any]:
     return function
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            yield value
+def _tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[SimulatedTensor], list[torch.Tensor]]:
+    """The tensors of the device among the arguments, and the others. Called for every operation."""
+    simulated: list[SimulatedTensor] = []
+    others: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, SimulatedTensor):
+            simulated.append(value)
+        elif isinstance(value, torch.Tensor):
+            others.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from (part for part in value if isinstance(part, torch.Tensor))
+            for part in value:
+                if isinstance(part, SimulatedTensor):
+                    simulated.append(part)
+                elif isinstance(part, torch.Tensor):
+                    others.append(part)
+    return simulated, others
 
 
 def _held(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from pathlib import Path
@@ -26,6 +27,7 @@ class Recorder:
         self._findings: dict[tuple[Kind, str, str], tuple[int, str]] = {}
         # The forward line behind each node of the autograd graph, by its sequence number.
         self._forward: dict[int, tuple[CodeType, int]] = {}
+        self._last_node = -1
         self._lock = threading.Lock()
 
     def operator(self, name: str, served: Served, by: str = "") -> None:
@@ -74,9 +76,12 @@ class Recorder:
 
     def _note_forward(self) -> None:
         # The node of the operation under way was numbered just before (as torch.fx's
-        # tracer relies on, torch/fx/proxy.py).
-        if torch.is_grad_enabled() and (line := _caller()) is not None:
-            self._forward[torch.autograd._get_sequence_nr() - 1] = line
+        # tracer relies on, torch/fx/proxy.py); what an operation consists of makes none.
+        node = torch.autograd._get_sequence_nr() - 1
+        if node != self._last_node:
+            self._last_node = node
+            if (line := _caller()) is not None:
+                self._forward[node] = line
 
 
 def raised_at(error: BaseException) -> str:
@@ -84,7 +89,7 @@ def raised_at(error: BaseException) -> str:
     found = UNKNOWN
     trace = error.__traceback__
     while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith(_NOT_THE_CAUSE):
+        if _may_be_the_cause(trace.tb_frame.f_code):
             found = _name((trace.tb_frame.f_code, trace.tb_lineno))
         trace = trace.tb_next
     return found
@@ -93,11 +98,16 @@ def raised_at(error: BaseException) -> str:
 def _caller() -> tuple[CodeType, int] | None:
     frame = sys._getframe(2)
     while frame is not None:
-        if not frame.f_code.co_filename.startswith(_NOT_THE_CAUSE):
-            # The bootstrap of a thread calls nobody's code.
-            return None if frame.f_code.co_name == "_bootstrap" else (frame.f_code, frame.f_lineno)
+        if _may_be_the_cause(frame.f_code):
+            return frame.f_code, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+@functools.cache
+def _may_be_the_cause(code: CodeType) -> bool:
+    # The bootstrap of a thread calls nobody's code.
+    return not code.co_filename.startswith(_NOT_THE_CAUSE) and code.co_name != "_bootstrap"
 
 
 def _name(line: tuple[CodeType, int]) -> str:

@@ -32,19 +32,23 @@ _UNKNOWN = {
 _LIFTED = {Text.CONVOLUTION_SIZE: (2, 6)}
 
 
-def devices(tensors: list[torch.Tensor], *, indexing: bool) -> RuntimeError | None:
+def devices(others: list[torch.Tensor], indexed: torch.Tensor | None) -> RuntimeError | None:
     """Tensors of two devices in one operation (TensorIterator.cpp).
 
     A CPU tensor without dimensions counts as a number. Indices may be on the CPU, but a CPU
     tensor cannot be indexed with those of another device (native/TensorAdvancedIndexing.cpp).
+
+    Args:
+        others: the tensors among the arguments that are not on the device.
+        indexed: the tensor that is indexed, in the operations that do so.
     """
-    if indexing:
-        if tensors[0].device.type == "cpu" and any(tensor.device.type != "cpu" for tensor in tensors[1:]):
+    if indexed is not None:
+        if indexed.device.type == "cpu":
             return RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
         return None
-    if any(tensor.device.type == "cpu" and tensor.dim() > 0 for tensor in tensors):
+    if any(tensor.dim() > 0 for tensor in others):
         return RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, mps:0 and cpu!"
         )
