@@ -70,11 +70,43 @@ def train_step(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def lock(session: nox.Session) -> None:
-    """Make the hashed locks from their .in files [-- NAME ...]."""
-    from kohya_mps import constraints
+    """Make the hashed locks from their .in files [-- LOCK ... --upgrade --profile NAME --cutoff DATE]."""
+    from kohya_mps import locks
 
-    for name in session.posargs or constraints.names():
-        constraints.make(name)
+    front.run(lambda: locks.make_all(locks.choose(session.posargs)))
+
+
+@nox.session(venv_backend="none", tags=["ci"])
+def lock_check(session: nox.Session) -> None:
+    """Check offline that every lock is unedited and agrees with its .in file."""
+    from kohya_mps import locks
+
+    front.run(locks.check_all)
+
+
+@nox.session(default=False)
+def cross_check(session: nox.Session) -> None:
+    """Prove that a Mac could load what the locks install [-- LOCK ... --json]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.cross_check", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def upstream(session: nox.Session) -> None:
+    """Explain why upstream's own macOS requirements cannot be installed [-- --commit ID --json]."""
+    from kohya_mps import upstream
+
+    front.run(
+        lambda: upstream.run(settings.load(), upstream.choose(session.posargs)),
+        json="--json" in session.posargs,
+    )
+
+
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Look up known vulnerabilities of the locks [-- LOCK ... --json]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.audit", *session.posargs)
 
 
 @nox.session(default=False)

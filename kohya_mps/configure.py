@@ -18,7 +18,7 @@ from .errors import StepFailed, UsageError
 from .generations import Generation
 from .home import write
 from .report import Check, Report, Status
-from .settings import PROBES, Settings, expected_device
+from .settings import PROBES, Settings, expected_device, macos
 
 _MARK = "# Written by kohya-mps; it is replaced only while this digest fits: "
 _BACKUP = ".before-kohya-mps"
@@ -53,11 +53,15 @@ def check_precision(settings: Settings) -> None:
         UsageError: with the reason and what the profile allows.
     """
     device = expected_device()
-    allowed = settings.profile.mixed_precision.get(device, ("no",))
+    allowed = settings.profile.precisions(device)
     if settings.mixed_precision not in allowed:
+        needed = settings.profile.needs_macos.get(settings.mixed_precision)
+        older = (
+            f"; it needs macOS {needed} there, and this is {macos()}" if needed and device == "mps" else ""
+        )
         raise UsageError(
             f"mixed_precision: {settings.mixed_precision!r} does not work on {device} with the profile "
-            f"{settings.profile_name} ({settings.profile.summary})",
+            f"{settings.profile_name} ({settings.profile.summary}){older}",
             f"accepted: {', '.join(allowed)} (config/settings.yaml: mixed_precision, or --mixed-precision)",
         )
 

@@ -1,4 +1,4 @@
-"""Locks: reading ``constraints/NAME.txt`` and making it from ``constraints/NAME.in``."""
+"""Reading a lock: ``constraints/NAME.txt``, every distribution with its version and digests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from packaging.markers import Marker
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from .errors import StepFailed, UsageError
-from .process import scrubbed, stream, uv
-from .settings import CONSTRAINTS
+from .errors import UsageError
 
 #: What a Mac answers to the markers of PEP 508; the operating system's own version is not used.
 MAC_ARM64: Mapping[str, str] = {
@@ -123,46 +121,3 @@ def _pin(path: Path, number: int, line: str) -> Pin:
         raise UsageError(f"{path}:{number}: {requirement.name} has a missing or malformed hash", remedy)
     marker = str(requirement.marker) if requirement.marker else ""
     return Pin(canonicalize_name(requirement.name), exact[0].version, marker, tuple(hashes))
-
-
-_CUTOFF = re.compile(r"^# exclude-newer: (\d{4}-\d\d-\d\d)$", re.MULTILINE)
-
-
-def names() -> list[str]:
-    """The locks that exist, in the order in which they have to be made."""
-    found = {path.stem for path in CONSTRAINTS.glob("*.in")}
-    return sorted(found, key=lambda name: (name == "dev", name))
-
-
-def make(name: str, *, upgrade: bool = False, cutoff: str | None = None) -> Path:
-    """Make ``NAME.txt`` from ``NAME.in`` with uv: universal, hashed, wheels only.
-
-    Args:
-        name: the lock.
-        upgrade: take newer versions than the present lock has, where ``NAME.in`` allows.
-        cutoff: ignore releases after this day (YYYY-MM-DD); written into ``NAME.in``.
-
-    Returns:
-        The lock. Its packages come from the configured index; no address is written into it.
-    """
-    source, target = CONSTRAINTS / f"{name}.in", CONSTRAINTS / f"{name}.txt"
-    if cutoff:
-        text, count = _CUTOFF.subn(f"# exclude-newer: {cutoff}", source.read_text(encoding="utf-8"))
-        if not count:
-            raise UsageError(f"{source}: has no '# exclude-newer: YYYY-MM-DD' line to change")
-        source.write_text(text, encoding="utf-8")
-    dated = _CUTOFF.search(source.read_text(encoding="utf-8"))
-    if not dated:
-        raise UsageError(
-            f"{source}: has no '# exclude-newer: YYYY-MM-DD' line", "add one: it makes the lock repeatable"
-        )
-    environ = scrubbed()
-    environ.pop("UV_FIND_LINKS", None)  # a local wheel's hash is not the published one's
-    command = [uv(), "pip", "compile", source.name, "--output-file", target.name, "--universal"]
-    command += ["--python-version", "3.11", "--generate-hashes", "--only-binary", ":all:"]
-    command += ["--exclude-newer", dated[1], "--custom-compile-command", f"nox -s lock -- {name}", "--quiet"]
-    finished = stream(command + (["--upgrade"] if upgrade else []), cwd=CONSTRAINTS, env=environ)
-    if finished.returncode:
-        raise StepFailed(f"{source}: no lock can be made from it: uv's reason is above")
-    read(target)
-    return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import yaml
+from packaging.version import Version
 
 from .errors import UsageError
 
@@ -19,6 +21,8 @@ CONSTRAINTS = ROOT / "constraints"
 PROBES = Path(__file__).resolve().parent / "probes"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+_RELEASE = re.compile(r"\d+(\.\d+){0,2}")
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -60,6 +64,7 @@ class Profile(_Strict, frozen=True):
     mixed_precision: dict[str, tuple[str, ...]]
     disk_gb: dict[str, float]
     forbidden: Forbidden
+    needs_macos: dict[str, str] = {}
 
     @property
     def lock_file(self) -> Path:
@@ -69,6 +74,17 @@ class Profile(_Strict, frozen=True):
     def forbidden_here(self) -> tuple[str, ...]:
         """The forbidden distributions for the operating system we run on."""
         return self.forbidden.any + (self.forbidden.darwin if on_mac() else ())
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """The mixed precisions that this lock's accelerate and torch accept on a device of this machine.
+
+        On MPS the version of macOS decides too: ``needs_macos`` names the lowest for each.
+        """
+        allowed = self.mixed_precision.get(device, ("no",))
+        if device != "mps":
+            return allowed
+        here = Version(macos())
+        return tuple(each for each in allowed if here >= Version(self.needs_macos.get(each, "0")))
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -87,6 +103,11 @@ class Settings(msgspec.Struct, frozen=True):
 def on_mac() -> bool:
     """Whether this is macOS: there the expected device is MPS and nothing else."""
     return sys.platform == "darwin"
+
+
+def macos() -> str:
+    """The version of macOS that we run on; ``0`` elsewhere."""
+    return platform.mac_ver()[0] or "0"
 
 
 def load(
@@ -135,7 +156,15 @@ def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> 
     known = profile_names(config)
     if name not in known:
         raise UsageError(f"{said_by}: there is no profile {name!r}", f"accepted: {', '.join(known)}")
-    return read_yaml(config / "profiles" / f"{name}.yaml", Profile)
+    path = config / "profiles" / f"{name}.yaml"
+    profile = read_yaml(path, Profile)
+    releases = {"macos": profile.macos, **{f"needs_macos.{k}": v for k, v in profile.needs_macos.items()}}
+    for key, release in releases.items():
+        if not _RELEASE.fullmatch(release):
+            raise UsageError(
+                f"{path}: {key}: found {release!r}", 'accepted: a release of macOS, such as "14.0"'
+            )
+    return profile
 
 
 def profile_names(config: Path = CONFIG) -> list[str]:
