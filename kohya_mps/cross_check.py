@@ -145,7 +145,10 @@ def examine(tree: Path, lock: constraints.Lock) -> Found:
     installed = metadata.distributions(path=[str(tree)])
     distributions: dict[str, metadata.Distribution] = {str(canonicalize_name(d.name)): d for d in installed}
     asked = locks.requirements(lock.path.stem)
-    needs, unmet = _requirements(distributions, asked)
+    overrides: dict[str, Requirement] = {
+        canonicalize_name(each.name): each for each in locks.overrides(lock.path.stem)
+    }
+    needs, unmet = _requirements(distributions, asked, overrides)
     owners = {
         Path(str(distribution.locate_file(file))): name
         for name, distribution in distributions.items()
@@ -213,7 +216,7 @@ def lowest_macos(proof: Proof) -> Check:
     wrong = []
     for profile_name in settings.profile_names():
         profile = settings.load_profile(profile_name)
-        if profile.lock == proof.lock and profile.macos != text:
+        if proof.lock in (profile.lock, profile.gui_lock) and profile.macos != text:
             wrong.append(f"config/profiles/{profile_name}.yaml says {profile.macos}")
     detail = "; ".join([f"{text} ({why})", *wrong])
     return Check.of(f"{proof.lock}: lowest macOS", not wrong, detail, f'write macos: "{text}" there')
@@ -289,11 +292,14 @@ def _all_needs(name: str, needs: Mapping[str, set[str]]) -> set[str]:
 
 
 def _requirements(
-    distributions: Mapping[str, metadata.Distribution], asked: Iterable[Requirement]
+    distributions: Mapping[str, metadata.Distribution],
+    asked: Iterable[Requirement],
+    overrides: Mapping[str, Requirement],
 ) -> tuple[dict[str, set[str]], list[str]]:
     """Who needs whom on darwin, arm64 and this Python, and each need that is not met.
 
-    An extra counts once something asks for it: its requirements are then followed too.
+    An extra counts once something asks for it: its requirements are then followed too. An
+    override counts in place of what a distribution says.
     """
     needs: dict[str, set[str]] = {}
     unmet: dict[str, None] = {}
@@ -303,6 +309,7 @@ def _requirements(
     def follow(who: str, requirement: Requirement) -> None:
         what = canonicalize_name(requirement.name)
         has = distributions.get(what)
+        requirement = overrides.get(what, requirement)
         if has is None:
             unmet[f"{who} needs {requirement.name}{requirement.specifier}, which is missing"] = None
         elif not requirement.specifier.contains(has.version, prereleases=True):

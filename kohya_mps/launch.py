@@ -16,8 +16,17 @@ def argv(generation: Generation, script: Path | str, *arguments: str) -> list[st
     does not. The module is named instead of ``bin/accelerate``, whose first line cannot
     hold every path that a home may have.
     """
-    launcher = [str(generation.python), "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", str(generation.accelerate_config), str(script), *arguments]
+    return [*launcher(generation), str(script), *arguments]
+
+
+def launcher(generation: Generation) -> list[str]:
+    """``accelerate launch`` with our configuration, up to its own options and the script."""
+    return [*accelerate(generation), "launch", "--config_file", str(generation.accelerate_config)]
+
+
+def accelerate(generation: Generation) -> list[str]:
+    """The ``accelerate`` of the environment."""
+    return [str(generation.python), "-m", "accelerate.commands.accelerate_cli"]
 
 
 def environ(generation: Generation, *, offline: bool = False) -> dict[str, str]:
