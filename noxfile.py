@@ -73,15 +73,15 @@ def lock(session: nox.Session) -> None:
     """Make the hashed locks from their .in files [-- LOCK ... --upgrade --profile NAME --cutoff DATE]."""
     from kohya_mps import locks
 
-    front.run(lambda: locks.make_all(locks.choose(session.posargs)))
+    front.run(lambda: locks.make_all(locks.choose(session.posargs)), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", tags=["ci"])
 def lock_check(session: nox.Session) -> None:
-    """Check offline that every lock is unedited and agrees with its .in file."""
+    """Check offline that every lock is unedited and agrees with its .in file [-- --json]."""
     from kohya_mps import locks
 
-    front.run(locks.check_all)
+    front.run(locks.check_all, json="--json" in session.posargs)
 
 
 @nox.session(default=False)

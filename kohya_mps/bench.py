@@ -25,6 +25,10 @@ from .settings import ROOT, Settings, load
 PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation")
 
 
+# On the disk that the environments are on: links from uv's cache do not cross file systems.
+_SCRATCH = PLACE.parent
+
+
 class Row(msgspec.Struct, frozen=True):
     """One comparison: medians of both sides, in ``unit``, and the ratio that is allowed."""
 
@@ -70,7 +74,8 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "generation": _generation,
     }
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=_scratch()) as directory:
+    _SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_SCRATCH) as directory:
         for part in given.only or PARTS:
             say(f"measuring {part}")
             rows += measures[part](settings, Path(directory), given.times)
@@ -78,12 +83,6 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
     report = Report("Bench", tuple(row.check() for row in rows), {"rows": data})
     (ROOT / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(data)))
     return report
-
-
-def _scratch() -> Path:
-    """On the disk that environments are on: links from uv's cache do not cross file systems."""
-    PLACE.mkdir(parents=True, exist_ok=True)
-    return PLACE
 
 
 def _run(command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Finished:

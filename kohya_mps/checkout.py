@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -70,18 +72,20 @@ def present(home: Home) -> Commits | None:
     for tree in (home.root, home.sd_scripts):
         if not os.path.lexists(tree / ".git"):
             return None
-        found = capture(
-            ["git", "-C", tree, "rev-parse", "--verify", "--quiet", "HEAD"], env=_environment(tree)
-        )
+        found = capture([*_command(tree), "rev-parse", "--verify", "--quiet", "HEAD"], env=_environment(tree))
         heads.append(found.stdout.strip())
     return Commits(*heads) if all(heads) else None
 
 
 def local_changes(path: Path) -> list[str]:
     """Tracked files of one working tree that differ from its commit, as ``git status`` names them."""
-    listed = _git(path, "status", "--porcelain=v1", "-z", "--untracked-files=no", "--ignore-submodules=all")
-    entries = [entry for entry in listed.split("\0") if entry]
-    return [entry[3:] for entry in entries if len(entry) > 3 and entry[2] == " "]
+    return _status(path, "--untracked-files=no")
+
+
+def _status(path: Path, *flags: str) -> list[str]:
+    # Without renames each entry is one path.
+    how = ("--porcelain=v1", "-z", "--no-renames", "--ignore-submodules=all")
+    return [entry[3:] for entry in _git(path, "status", *how, *flags).split("\0") if entry]
 
 
 def made_here(home: Home) -> bool:
@@ -100,8 +104,8 @@ def belongings(home: Home) -> list[str]:
     for tree, prefix in ((home.root, ""), (home.sd_scripts, f"{SUBMODULE}/")):
         if not os.path.lexists(tree / ".git"):
             continue
-        flags = ("--porcelain=v1", "-z", "--ignored", "--untracked-files=all", "--ignore-submodules=all")
-        entries = [entry[3:] for entry in _git(tree, "status", *flags).split("\0") if entry[2:3] == " "]
+        flags = ("--ignored", "--untracked-files=all")
+        entries = _status(tree, *flags)
         found += [prefix + entry for entry in entries if not _derived(entry)]
         found += [f"{prefix}stash: {line}" for line in _git(tree, "stash", "list").splitlines()]
         branches = _git(tree, "for-each-ref", "--format=%(refname:short)", "refs/heads").splitlines()
@@ -140,9 +144,20 @@ def _submodule_url(home: Home) -> str:
     return _git(home.root, "config", "--get", f"submodule.{SUBMODULE}.url").strip()
 
 
-class _Move(msgspec.Struct, frozen=True):
-    """The record of a working tree on its way: it exists while git may change anything."""
+class _Stage(StrEnum):
+    FETCH = "fetch"
+    SWITCH = "switch"
+    RENEW = "renew"
 
+
+class _Move(msgspec.Struct, frozen=True):
+    """The record of a working tree on its way: it exists while git may change anything.
+
+    Only in the stage SWITCH do files change, those that differ between the two commits. In
+    the stage RENEW the repository is made anew below files that stay as they are.
+    """
+
+    stage: _Stage
     came_from: str
     goes_to: str
 
@@ -155,17 +170,20 @@ class _Tree:
     """One working tree on its way to a commit."""
 
     def __init__(self, home: Home, path: Path, settings: Settings, url: Callable[[], str]) -> None:
+        self.home = home
         self.path = path
         self.stall_seconds = settings.network_stall_seconds
         self.url = url
         self.is_submodule = path == home.sd_scripts
         self.made_here = home.state / MADE_HERE
-        self.record = home.state / f"moving-{path.name if self.is_submodule else 'kohya_ss'}.json"
+        self.record = home.state / "moving-sd-scripts.json" if self.is_submodule else home.moving
 
     def bring(self, commit: str, stash: bool) -> None:
-        if not os.path.lexists(self.path / ".git"):
-            self._begin(commit)
         try:
+            if (move := self._recorded()) and move.stage is _Stage.RENEW:
+                self._renew(move.came_from, commit)
+            if not os.path.lexists(self.path / ".git"):
+                self._begin(commit)
             self._move(commit, stash)
         except _Damaged as reason:
             self._start_over(str(reason), commit)
@@ -186,19 +204,34 @@ class _Tree:
         if self.is_submodule and strangers and not self.record.exists():
             raise UsageError(
                 f"{self.path} holds files but is no git working tree: {', '.join(strangers[:5])}",
-                f"move it away, for instance `mv '{self.path}' '{self.path}.old'`",
+                f"move it away, for instance `{shlex.join(['mv', str(self.path), f'{self.path}.old'])}`",
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        write(self.record, msgspec.json.encode(_Move("", commit)))
+        self._note(_Stage.FETCH, "", commit)
         if not self.is_submodule:
             write(self.made_here, b"")
         self._git("init", "--quiet")
 
+    def _note(self, stage: _Stage, came_from: str, goes_to: str) -> None:
+        write(self.record, msgspec.json.encode(_Move(stage, came_from, goes_to)))
+
+    def _recorded(self) -> _Move | None:
+        try:
+            return msgspec.json.decode(self.record.read_bytes(), type=_Move)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError:
+            return _Move(_Stage.RENEW, "", "")  # the disk lost it: the stage that touches no file
+
     def _move(self, commit: str, stash: bool) -> None:
-        if self.record.exists():
-            self._finish_interrupted()
+        interrupted = self._recorded()
+        if interrupted:
+            self._finish(interrupted)
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
-        if here and not self.is_submodule:
+        if not here and not interrupted:
+            self._git("rev-parse", "--git-dir")
+            raise _Damaged("HEAD names no commit")
+        if here not in ("", commit) and not self.is_submodule:
             self._refuse_other_projects()
         changed = self._local_changes() if here else []
         if changed and not stash:
@@ -210,37 +243,41 @@ class _Tree:
             )
         if here == commit and not changed:
             return
-        write(self.record, msgspec.json.encode(_Move(here, commit)))
         if changed:
             self._git("stash", "push", "--quiet", "--message", "put away by kohya-mps")
             say(
-                f"  put away {len(changed)} changed file(s): `git -C '{self.path}' stash pop` brings them back"
+                f"  put away {len(changed)} changed file(s): `{self._shown('stash', 'pop')}` brings them back"
             )
+        self._note(_Stage.FETCH, here, commit)
         if not self._has(commit):
             self._fetch(commit)
         self._keep(here)
-        self._git(
-            "update-ref", f"{_REF}{commit}", commit
-        )  # git's clean-up must not lose it: rollback needs it
+        # git's clean-up must not lose it: rollback needs it
+        self._git("update-ref", f"{_REF}{commit}", commit)
+        self._note(_Stage.SWITCH, here, commit)
         switched = self._run("checkout", "--quiet", "--detach", *([] if here else ["--force"]), commit)
         if switched.returncode:
-            self.record.unlink()
+            if "No space left" in switched.stderr:
+                raise StepFailed(
+                    f"the disk is full: {switched.stderr.strip()}",
+                    "free some space, then run the same command again",
+                )
             self._check_whole()
+            if here and not self._local_changes():
+                self.record.unlink()  # git saw the obstacle before it changed anything
             raise UsageError(
                 f"git cannot switch {self.path} to {commit}:\n{switched.stderr.strip()}",
                 "move the files that it names away, then run the same command again",
             )
         self.record.unlink()
 
-    def _finish_interrupted(self) -> None:
+    def _finish(self, move: _Move) -> None:
         """A run was killed in here: drop its locks, and bring files it half wrote to their new state."""
-        move = msgspec.json.decode(self.record.read_bytes(), type=_Move)
         if not (self.path / ".git" / "HEAD").exists() and not (self.path / ".git").is_file():
             self._git("init", "--quiet")
-        for lock in self._git_dir().glob("*.lock"):
-            lock.unlink()  # nobody else is at work here: this run holds the home
+        self._drop_locks()
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
-        if self._has(move.goes_to) and (not here or self._local_changes()):
+        if move.stage is _Stage.SWITCH and self._has(move.goes_to) and (not here or self._local_changes()):
             if move.came_from:
                 moved = set(self._git("diff", "--name-only", "-z", move.came_from, move.goes_to).split("\0"))
                 if foreign := [name for name in self._local_changes() if name not in moved]:
@@ -250,7 +287,15 @@ class _Tree:
                         "save them elsewhere, `git checkout -- <file>` each, then run the same command again",
                     )
             self._git("checkout", "--quiet", "--detach", "--force", move.goes_to)
-        self.record.unlink()
+        if self._has("HEAD"):
+            self.record.unlink()
+
+    def _drop_locks(self) -> None:
+        """Nobody else is at work here, this run holds the home: a lock is a killed run's."""
+        places = {self._git_dir(), Path(_git(self.home.root, "rev-parse", "--absolute-git-dir").strip())}
+        for place in places:
+            for lock in (*place.glob("*.lock"), *(place / "refs").rglob("*.lock")):
+                lock.unlink()
 
     def _refuse_other_projects(self) -> None:
         """A repository that was there before has to be one of kohya_ss, old or new."""
@@ -276,7 +321,9 @@ class _Tree:
         if self._run("remote", "get-url", "origin").returncode:
             self._git("remote", "add", "origin", url)
         say(f"  fetching {commit[:12]} from {url}")
-        one = self._download("--depth", "1", url, commit)
+        # A complete clone of the user's must not become a shallow one.
+        is_complete = self._has("HEAD") and not (self._git_dir() / "shallow").exists()
+        one = self._download(*([] if is_complete else ["--depth", "1"]), url, commit)
         if one.returncode == 0 and self._has(commit):
             return
         if one.stalled:
@@ -301,7 +348,16 @@ class _Tree:
         # protocol.*.allow rules for such addresses apply (GIT_PROTOCOL_FROM_USER).
         theirs = {"GIT_PROTOCOL_FROM_USER": "0"} if self.is_submodule else {}
         return stream(
-            ["git", "-C", self.path, "-c", "gc.auto=0", "fetch", "--progress", "--no-tags", *arguments],
+            [
+                *_command(self.path),
+                "-c",
+                "gc.auto=0",
+                "fetch",
+                "--progress",
+                "--no-tags",
+                "--no-recurse-submodules",
+                *arguments,
+            ],
             env=_environment(self.path) | theirs,
             stall_seconds=self.stall_seconds,
         )
@@ -328,9 +384,16 @@ class _Tree:
             f"  {self.path}: its repository is damaged ({reason}); it is kept as {aside.name}, a new one is made"
         )
         came_from = _read_head(git)
+        self._note(_Stage.RENEW, came_from, "")
         git.rename(aside)
-        write(self.record, msgspec.json.encode(_Move("", "")))
+        if (aside / "modules").is_dir():  # the submodule's repository, in a user's own clone
+            git.mkdir()
+            (aside / "modules").rename(git / "modules")
+        self._renew(came_from, commit)
+
+    def _renew(self, came_from: str, commit: str) -> None:
         self._git("init", "--quiet")
+        self._drop_locks()
         self._exclude("/.git.damaged*")
         try:
             self._fetch(came_from or commit)
@@ -350,11 +413,15 @@ class _Tree:
             self._check_whole()
             raise
 
+    def _shown(self, *arguments: str) -> str:
+        """A git command as the user types it."""
+        return shlex.join(["git", "-C", str(self.path), *arguments])
+
     def _git_dir(self) -> Path:
         return Path(self._git("rev-parse", "--absolute-git-dir").strip())
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return capture(["git", "-C", self.path, *arguments], env=_environment(self.path))
+        return capture([*_command(self.path), *arguments], env=_environment(self.path))
 
     def _git(self, *arguments: str) -> str:
         done = self._run(*arguments)
@@ -378,12 +445,24 @@ class _Tree:
 def _read_head(git: Path) -> str:
     """The commit that a repository stood at, read without git; empty when that cannot be told."""
     try:
+        if git.is_file():  # a submodule's, which `git clone --recurse-submodules` made
+            git = git.parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         if head.startswith("ref: "):
-            head = (git / head.removeprefix("ref: ")).read_text(encoding="utf-8").strip()
+            name = head.removeprefix("ref: ")
+            if (git / name).is_file():
+                head = (git / name).read_text(encoding="utf-8").strip()
+            else:
+                packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+                head = next((line.split()[0] for line in packed if line.endswith(f" {name}")), "")
     except (OSError, UnicodeDecodeError):
         return ""
     return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
+
+
+def _command(path: Path) -> list[str]:
+    """The submodule is brought by a step of its own, whatever the user's configuration says."""
+    return ["git", "-C", str(path), "-c", "submodule.recurse=false"]
 
 
 def _environment(path: Path) -> dict[str, str]:
@@ -394,7 +473,7 @@ def _environment(path: Path) -> dict[str, str]:
 
 
 def _git(path: Path, *arguments: str) -> str:
-    done = capture(["git", "-C", path, *arguments], env=_environment(path))
+    done = capture([*_command(path), *arguments], env=_environment(path))
     if done.returncode:
         raise StepFailed(f"git {arguments[0]} failed in {path}: {done.stderr.strip()}")
     return done.stdout

@@ -172,6 +172,7 @@ def sync(venv: Path, lock: constraints.Lock, reinstall: tuple[str, ...] = ()) ->
         "--only-binary",
         ":all:",
         *(f"--reinstall-package={name}" for name in reinstall),
+        *(["--no-index"] if sources.no_index() else []),
         str(lock.path),
     ]
     # Not in the checkout: its pyproject.toml would configure uv.
@@ -236,7 +237,7 @@ def find_python(profile: Profile) -> Interpreter:
         how = "`brew install python@3.11`" if on_mac() else "your system's package manager"
         raise UsageError(
             f"Python {profile.python} was not found, and uv could not download one "
-            f"(the trainer's packages exist for {profile.python} only; this is {platform.python_version()})",
+            f"(kohya_ss and the lock agree on {profile.python} alone; this is {platform.python_version()})",
             f"install it with {how}, or get online and run the same command again",
         )
     path = os.path.realpath(found.stdout.strip())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import shlex
 import stat
 import tempfile
 import uuid
@@ -46,6 +47,11 @@ class Home(msgspec.Struct, frozen=True):
         return self.state / "verification"
 
     @property
+    def moving(self) -> Path:
+        """The record of a checkout on its way: while it is there, a run was killed in between."""
+        return self.state / "moving-kohya_ss.json"
+
+    @property
     def sd_scripts(self) -> Path:
         """The submodule with the trainers."""
         return self.root / "sd-scripts"
@@ -69,7 +75,7 @@ def check_place(home: Home) -> None:
         raise UsageError(f"{root} is not a directory", choose)
     if root.is_dir():
         strangers = sorted({entry.name for entry in root.iterdir()} - {STATE, "venv", ".DS_Store"})
-        if strangers and not (root / ".git").exists():
+        if strangers and not (root / ".git").exists() and not home.moving.exists():
             listed = ", ".join(strangers[:5]) + (", …" if len(strangers) > 5 else "")
             raise UsageError(f"{root} is not empty and is no kohya_ss checkout: it holds {listed}", choose)
     existing = root
@@ -84,7 +90,7 @@ def check_place(home: Home) -> None:
         if place.exists() and (reason := _shared_with_others(place)):
             raise UsageError(
                 f"{place} {reason}: another user could replace the programs that run from {root}",
-                f"`chmod go-w {place}`, or {choose}",
+                f"`chmod go-w {shlex.quote(str(place))}`, or {choose}",
             )
 
 

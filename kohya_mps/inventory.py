@@ -128,10 +128,12 @@ def _distributions(site: Path) -> Iterator[tuple[str, str, Path]]:
 
 def _record(info: Path) -> Iterator[tuple[str, str, str]]:
     try:
-        with (info / "RECORD").open(newline="", encoding="utf-8") as file:
-            yield from ((row[0], row[1], row[2]) for row in csv.reader(file) if len(row) == 3)
-    except OSError:
+        # What the disk spoilt names files that are not there: a difference, not an error.
+        with (info / "RECORD").open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = [row for row in csv.reader(file) if len(row) == 3]
+    except (OSError, csv.Error):
         return
+    yield from ((path.replace("\0", ""), digest, size) for path, digest, size in rows)
 
 
 def _fingerprint(site: Path, info: Path) -> tuple[str, int, bool]:
@@ -148,6 +150,6 @@ def _fingerprint(site: Path, info: Path) -> tuple[str, int, bool]:
             continue
         facts.append(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}")
         total += stat.st_size
-        if size and stat.st_size != int(size):
+        if size and size != str(stat.st_size):
             whole = False
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32], total, whole

@@ -26,8 +26,8 @@ from .home import write
 from .process import capture, scrubbed, uv
 from .report import Check, Report, Status, say
 
-#: The only Python that the locks are made for. sd-scripts' packages have no wheels for a later
-#: one at the validated versions, and kohya_ss declares ``>=3.10,<3.12`` (its pyproject.toml).
+#: The only Python that the locks are made for: kohya_ss declares ``>=3.10,<3.12`` (its
+#: pyproject.toml), and what the locks hold has left 3.10 (networkx 3.6.1).
 PYTHON = "3.11"
 
 #: Later than any macOS that wheels are tagged for: is there a wheel for *some* Mac?
@@ -51,6 +51,7 @@ class Choice(msgspec.Struct, frozen=True):
     names: tuple[str, ...]
     upgrade: bool
     cutoff: str | None
+    json: bool
 
 
 class _Stamp(msgspec.Struct, frozen=True):
@@ -79,6 +80,7 @@ def choose(posargs: Iterable[str]) -> Choice:
         "--upgrade", action="store_true", help="take newer versions where the .in allows them"
     )
     parser.add_argument("--cutoff", metavar="DATE", help="ignore later releases; written into the .in")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
     given = parser.parse_args(list(posargs))
     chosen = list(given.names)
     if given.profile:
@@ -86,7 +88,7 @@ def choose(posargs: Iterable[str]) -> Choice:
         chosen += [profile.lock, profile.gui_lock]
     if unknown := sorted(set(chosen) - set(names())):
         raise UsageError(f"there is no lock {unknown[0]!r}", f"accepted: {', '.join(names())}")
-    return Choice(tuple(chosen or names()), given.upgrade, given.cutoff)
+    return Choice(tuple(chosen or names()), given.upgrade, given.cutoff, given.json)
 
 
 def make_all(choice: Choice) -> Report:
@@ -154,6 +156,11 @@ def check_all() -> Report:
     checks = [check for name in names() for check in _check(name)]
     for profile_name in settings.profile_names():
         profile = settings.load_profile(profile_name)
+        if profile.lock not in names():
+            absent = f"names the lock {profile.lock}, and there is no {profile.lock}.in"
+            checks.append(
+                Check(f"profile {profile_name}", Status.FAIL, absent, f"one of {', '.join(names())}")
+            )
         if profile.python != PYTHON:
             checks.append(
                 Check(
@@ -421,7 +428,11 @@ def _git_diff(path: Path) -> list[str]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    return {pin.name: pin.version for pin in constraints.read(path).pins} if path.exists() else {}
+    """What a lock holds, by name; several versions where they differ by marker."""
+    found: dict[str, set[str]] = {}
+    for pin in constraints.read(path).pins if path.exists() else ():
+        found.setdefault(pin.name, set()).add(pin.version)
+    return {name: " and ".join(sorted(versions)) for name, versions in found.items()}
 
 
 def _read(source: Path) -> str:

@@ -6,9 +6,9 @@ import contextlib
 import errno
 import os
 import re
+import select
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +24,9 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # Marks every process of one run, so that what a killed run left behind can be found.
 RUN_MARK = "KOHYA_MPS_RUN"
 
+# How often a silent child is looked after, in seconds.
+_POLL_SECONDS = 0.25
+
 # What changes which code a child imports, where pip and uv put things, or which repository
 # git works on. What configures the network, certificates, caches and package sources stays.
 _DROPPED_PREFIXES = ("PYTHON", "VIRTUAL_ENV", "CONDA", "_CE_", "MAMBA", "PIP_", "ACCELERATE_", "DYLD_")
@@ -32,8 +35,10 @@ _DROPPED = {
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX",
     "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR", "GIT_NAMESPACE",
     "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_SYSTEM_PYTHON", "UV_TARGET", "UV_PREFIX",
-    "UV_BREAK_SYSTEM_PACKAGES", "UV_CONSTRAINT", "UV_OVERRIDE", "UV_EXCLUDE_NEWER",
-    "UV_NO_BINARY", "UV_NO_VERIFY_HASHES", "UV_REQUIRE_HASHES", "UV_COMPILE_BYTECODE",
+    "UV_BREAK_SYSTEM_PACKAGES", "UV_CONSTRAINT", "UV_OVERRIDE", "UV_EXCLUDE", "UV_EXCLUDE_NEWER",
+    "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_VERIFY_HASHES", "UV_REQUIRE_HASHES", "UV_COMPILE_BYTECODE",
+    "UV_TORCH_BACKEND", "UV_PROJECT", "UV_WORKING_DIR", "UV_WORKING_DIRECTORY", "UV_VENV_SEED",
+    "GIT_DEFAULT_HASH",
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
 
@@ -132,7 +137,8 @@ def stream(
         on_output: receives each piece instead of standard error.
         keep_bytes: how much of the end is kept in :attr:`Finished.tail`.
 
-    The child and all it started are gone when this returns or raises.
+    The child is gone when this returns or raises. So is all it started, when it is ended from
+    here; what it left running when it ended by itself is not waited for.
     """
     started = time.monotonic()
     command = [os.fspath(part) for part in argv]
@@ -158,22 +164,20 @@ def stream(
             raise StepFailed(f"{error.filename or command[0]}: not found") from error
         finally:
             os.close(theirs)
-        done = threading.Event()
-
-        def watch() -> None:
-            nonlocal stalled
-            assert stall_seconds is not None
-            while not done.wait(min(1.0, stall_seconds / 4)):
-                if time.monotonic() - last_output > stall_seconds:
-                    stalled = True
-                    end_tree([child.pid])
-                    return
-
-        watcher = threading.Thread(target=watch, daemon=True) if stall_seconds else None
-        if watcher:
-            watcher.start()
+        reaped = 0
         try:
-            while piece := _read(ours):
+            while True:
+                if not select.select([ours], [], [], _POLL_SECONDS)[0]:
+                    reaped, status, usage = os.wait4(child.pid, os.WNOHANG)
+                    if reaped:
+                        break  # what it left running may hold the pipe open for ever
+                    if stall_seconds and not stalled and time.monotonic() - last_output > stall_seconds:
+                        stalled = True
+                        end_tree([child.pid])
+                    continue
+                piece = _read(ours)
+                if not piece:
+                    break
                 last_output = time.monotonic()
                 show(piece)
                 if log_file:
@@ -183,16 +187,16 @@ def stream(
                 kept += len(piece)
                 while len(tail) > 1 and kept - len(tail[0]) >= keep_bytes:
                     kept -= len(tail.popleft())
-            _, status, usage = os.wait4(child.pid, 0)
+            if not reaped:
+                _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         except BaseException:
             end_tree([child.pid])
             child.wait()
             raise
         finally:
-            done.set()
-            if watcher:
-                watcher.join()
+            if isinstance(show, _Passer):
+                show.finish()
     return Finished(
         returncode=child.returncode,
         tail=b"".join(tail).decode(errors="replace"),
@@ -280,6 +284,11 @@ class _Passer:
             piece = b"".join(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)
         sys.stderr.buffer.write(piece)
         sys.stderr.buffer.flush()
+
+    def finish(self) -> None:
+        """Pass on a last line that has no end: often the reason why a program failed."""
+        if self._line:
+            self(b"\n")
 
 
 def _terminal() -> tuple[int, int]:

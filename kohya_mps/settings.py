@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -153,14 +154,14 @@ def load(
         )
     if file.generations_kept < 1:
         raise UsageError(f"{path}: generations_kept: found {file.generations_kept}", "accepted: 1 or more")
-    if file.network_stall_seconds <= 0:
+    if not file.network_stall_seconds > 0:  # "not a number" is a number in YAML
         raise UsageError(
             f"{path}: network_stall_seconds: found {file.network_stall_seconds}", "accepted: more than 0"
         )
     name, said_by = _override(file.profile, "KOHYA_PROFILE", profile, f"{path}: profile")
     return Settings(
-        home=_home(file.checkout.home),
-        url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, "")[0]),
+        home=_home(file.checkout.home, f"{path}: checkout.home"),
+        url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, f"{path}: checkout.url")[0]),
         commit=chosen.lower(),
         profile_name=name,
         profile=load_profile(name, said_by, config),
@@ -235,27 +236,38 @@ def _explain(message: str, data: Any, kind: type[msgspec.Struct]) -> str:
 
 def _override(from_file: str, variable: str, flag: str | None, file_says: str) -> tuple[str, str]:
     if flag:
-        return flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
-    if os.environ.get(variable):
-        return os.environ[variable], variable
-    return from_file, file_says
+        value, said_by = flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
+    elif os.environ.get(variable):
+        value, said_by = os.environ[variable], variable
+    else:
+        value, said_by = from_file, file_says
+    if not value:
+        raise UsageError(f"{said_by}: found {value!r}", "accepted: a text that is not empty")
+    # Bytes that are no UTF-8 arrive as lone surrogates: no report could be printed.
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        raise UsageError(
+            f"{said_by}: {value!r} has a control character or is no UTF-8", "choose a name without"
+        )
+    return value, said_by
 
 
 def _url(value: str) -> str:
     if value.startswith("-"):
         raise UsageError(f"KOHYA_REPO_URL: {value!r} is no address", "give a URL or a path")
-    path = Path(value).expanduser()
-    return os.path.abspath(path) if path.exists() else value
+    path = os.path.expanduser(value)  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+    return os.path.abspath(path) if os.path.exists(path) else value  # noqa: PTH110 -- any length
 
 
-def _home(from_file: str) -> Path:
-    value, _ = _override(from_file, "KOHYA_HOME", None, "")
-    if any(ord(c) < 32 for c in value):
-        raise UsageError(f"KOHYA_HOME: {value!r} has a control character", "choose a path without one")
+def _home(from_file: str, file_says: str) -> Path:
+    value, said_by = _override(from_file, "KOHYA_HOME", None, file_says)
     try:
-        return Path(os.path.abspath(Path(value).expanduser()))
+        home = Path(os.path.abspath(Path(value).expanduser()))
+        home.exists()
     except RuntimeError as error:
-        raise UsageError(f"KOHYA_HOME: {value!r}: {error}", "write the path in full") from error
+        raise UsageError(f"{said_by}: {value!r}: {error}", "write the path in full") from error
+    except OSError as error:
+        raise UsageError(f"{said_by}: {value!r}: {error.strerror}", "choose another path") from error
+    return home
 
 
 def machine_wanted() -> str:

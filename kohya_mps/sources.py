@@ -14,13 +14,16 @@ from pathlib import Path
 
 import platformdirs
 
-# pip's option, uv's variable, and what stands between several values there.
+# pip's option, uv's variables for the same (the first is the one that is set), and what
+# stands between several values there.
 _OPTIONS = (
-    ("index-url", "UV_DEFAULT_INDEX", " "),
-    ("find-links", "UV_FIND_LINKS", ","),
-    ("trusted-host", "UV_INSECURE_HOST", " "),
-    ("cert", "SSL_CERT_FILE", ""),
+    ("index-url", ("UV_DEFAULT_INDEX", "UV_INDEX_URL"), " "),
+    ("find-links", ("UV_FIND_LINKS",), ","),
+    ("trusted-host", ("UV_INSECURE_HOST",), " "),
+    ("cert", ("SSL_CERT_FILE",), ""),
 )
+
+_MACHINE = (Path("/etc/pip.conf"),)
 
 
 def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -29,12 +32,13 @@ def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     A variable that the user set for uv wins over pip's.
     """
     source = os.environ if environ is None else environ
-    settings = _settings(source)
     told: dict[str, str] = {}
-    for option, variable, separator in _OPTIONS:
-        values = settings.get(option, "").split() if separator else [settings.get(option, "")]
-        if any(values) and variable not in source:
-            told[variable] = separator.join(values)
+    for option, variables, separator in _OPTIONS:
+        value = _configured(source, option)
+        # uv does not know the tilde.
+        values = [os.path.expanduser(v) for v in (value.split() if separator else [value])]  # noqa: PTH111
+        if any(values) and not any(variable in source for variable in variables):
+            told[variables[0]] = separator.join(values)
     return told
 
 
@@ -45,8 +49,8 @@ def extra_for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     anything else. pip looks in every index; uv would stop at the first that knows the name.
     """
     source = os.environ if environ is None else environ
-    indexes = _settings(source).get("extra-index-url", "").split()
-    if not indexes or "UV_INDEX" in source:
+    indexes = _configured(source, "extra-index-url").split()
+    if not indexes or no_index(source) or "UV_INDEX" in source or "UV_EXTRA_INDEX_URL" in source:
         return {}
     return {
         "UV_INDEX": " ".join(indexes),
@@ -54,23 +58,29 @@ def extra_for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
-def _settings(environ: Mapping[str, str]) -> dict[str, str]:
-    settings = dict(_from_files(environ))
-    for option in (*(option for option, _, _ in _OPTIONS), "extra-index-url"):
-        if value := environ.get("PIP_" + option.upper().replace("-", "_")):
-            settings[option] = value
-    return settings
+def no_index(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether pip is told to ask no index: uv has an option for it, and no variable."""
+    source = os.environ if environ is None else environ
+    return _configured(source, "no-index").lower() in ("1", "true", "yes", "on")
+
+
+def _configured(environ: Mapping[str, str], option: str) -> str:
+    variable = environ.get("PIP_" + option.upper().replace("-", "_"))
+    return variable or dict(_from_files(environ)).get(option, "")
 
 
 def _from_files(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Settings of the [global] and [install] sections, in pip's order: the last one wins."""
+    """Settings of all [global] and then all [install] sections, in pip's order: the last one wins."""
+    parsers = []
     for path in _files(environ):
         parser = configparser.RawConfigParser()
         try:
             parser.read(path, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError):
             continue  # pip itself will say so; what we install does not depend on it
-        for section in ("global", "install"):
+        parsers.append(parser)
+    for section in ("global", "install"):
+        for parser in parsers:
             if parser.has_section(section):
                 yield from ((key.replace("_", "-"), value) for key, value in parser.items(section))
 
@@ -79,7 +89,7 @@ def _files(environ: Mapping[str, str]) -> list[Path]:
     chosen = environ.get("PIP_CONFIG_FILE")
     if chosen == os.devnull:
         return []
-    machine = [Path("/etc/pip.conf"), *(Path(p) / "pip.conf" for p in _site_directories())]
+    machine = [*_MACHINE, *(Path(p) / "pip.conf" for p in _site_directories())]
     user = [Path.home() / ".pip" / "pip.conf", Path.home() / ".config" / "pip" / "pip.conf"]
     user.append(Path(platformdirs.user_config_dir("pip", appauthor=False)) / "pip.conf")
     own = [Path(sys.prefix) / "pip.conf"]

@@ -17,6 +17,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "constraints"
     folder.mkdir()
     monkeypatch.setattr(settings, "CONSTRAINTS", folder)
+    monkeypatch.setattr(settings, "profile_names", lambda *_: ["validated"])
     house = tmp_path / "wheels"
     wheel(house, "plain", "1.0")
     wheel(house, "plain", "1.1")
@@ -113,6 +114,21 @@ def test_a_forbidden_package_that_only_linux_installs_is_allowed(room: Path) -> 
     assert not failures()
 
 
+def test_a_profile_of_another_python_or_without_a_lock_is_refused(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(settings.CONFIG, tmp_path / "config")
+    path = tmp_path / "config" / "profiles" / "validated.yaml"
+    path.write_text(path.read_text().replace('"3.11"', '"3.12"').replace("lock: train", "lock: gone"))
+    monkeypatch.setattr(settings, "CONFIG", tmp_path / "config")
+    real = settings.load_profile
+    monkeypatch.setattr(settings, "load_profile", lambda name: real(name, config=tmp_path / "config"))
+    assert failures() == [
+        "names the lock gone, and there is no gone.in",
+        "says Python 3.12; the locks are made for 3.11 and no other",
+    ]
+
+
 def test_a_changed_in_file_is_shown_as_a_difference(room: Path) -> None:
     ask(room, "plain==1.0")
     locks.make("train")
@@ -130,8 +146,9 @@ def test_a_comment_and_an_order_are_no_difference(room: Path) -> None:
 
 
 def test_a_change_in_an_included_file_or_a_constraint_is_a_difference(room: Path) -> None:
-    ask(room, "plain", name="tools")
-    locks.make("tools")
+    for name in ("train", "tools"):
+        ask(room, "plain", name=name)
+        locks.make(name)
     ask(room, "-c tools.txt", "-r tools.in", "plain", name="dev")
     locks.make("dev")
     assert not failures()

@@ -66,3 +66,19 @@ def test_what_a_profile_says_of_its_versions_is_what_its_lock_holds(name: str) -
     profile = settings.load_profile(name)
     versions = constraints.read(profile.lock_file).versions(constraints.MAC_ARM64)
     assert f"torch {versions['torch']} and accelerate {versions['accelerate']}" in profile.summary
+
+
+@pytest.mark.parametrize("name", settings.profile_names())
+def test_the_readme_says_of_a_profile_what_its_data_says(name: str) -> None:
+    rows = {}
+    for line in (settings.ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3:
+            rows[cells[0]] = cells
+    column = rows[""].index(f"`{name}`")
+    profile = settings.load_profile(name)
+    versions = constraints.read(profile.lock_file).versions(constraints.MAC_ARM64)
+    assert rows["lowest macOS"][column] == profile.macos
+    assert rows["torch, accelerate"][column] == f"{versions['torch']}, {versions['accelerate']}"
+    said = rows["mixed precision on MPS"][column].split(" (")[0].replace("`", "").split(", ")
+    assert tuple(said) == profile.mixed_precision["mps"]

@@ -161,9 +161,11 @@ def test_setuptools_that_still_has_pkg_resources_is_no_problem(
     assert judged.problems == ()
 
 
+@pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_resolver_that_cannot_work_is_no_explanation(
-    chosen: settings.Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    chosen: settings.Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: str
 ) -> None:
+    monkeypatch.setenv("UV_OFFLINE", offline)
     monkeypatch.delenv("UV_FIND_LINKS")
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
