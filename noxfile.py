@@ -109,6 +109,14 @@ def audit(session: nox.Session) -> None:
     session.run("python", "-m", "kohya_mps.audit", *session.posargs)
 
 
+@nox.session(venv_backend="none", default=False)
+def readme(session: nox.Session) -> None:
+    """Write README's table of known failures from config/failures.yaml."""
+    from kohya_mps import failures
+
+    failures.update(ROOT / "README.md")
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,12 +98,83 @@ def verify(c: Context, json: bool = False, full: bool = False) -> None:
     front.run(lambda: install.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
 
 
-@task(help={"file": "a TOML configuration as train_network.py --config_file takes it"})
-def train(c: Context, file: str) -> None:
+@task(
+    help={
+        "file": "a TOML configuration as train_network.py --config_file takes it",
+        "preflight": "--no-preflight trains even with what is known to fail",
+    }
+)
+def train(c: Context, file: str, preflight: bool = True) -> None:
     """Train with your own configuration, in the pinned environment."""
     from kohya_mps import front, settings, train
 
-    front.run(lambda: train.train(settings.load(), Path(file)), dry=c.config.run.dry)
+    front.run(lambda: train.train(settings.load(), Path(file), check=preflight), dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "file": "a trainer's TOML, a JSON saved by the GUI, or a training command in a file",
+        "device": "check for mps, cuda or cpu instead of this machine's device",
+        "memory": "gigabytes of the machine that it is for, when that is another one",
+        "trainer": "the script that a TOML is for, such as sdxl_train_network.py",
+        "fix": "write a corrected copy to this file",
+        "json": JSON,
+    }
+)
+def preflight(
+    c: Context,
+    file: str,
+    device: str = "",
+    memory: str = "",
+    trainer: str = "",
+    fix: str = "",
+    json: bool = False,
+) -> None:
+    """Tell what is known to go wrong with a training, before it is started."""
+    from kohya_mps import front, preflight, settings
+
+    front.run(
+        lambda: preflight.check(settings.load(), preflight.question(file, device, memory, trainer, fix)),
+        json=json,
+        dry=c.config.run.dry,
+    )
+
+
+@task(
+    help={
+        "json": JSON,
+        "deep": "start torch as a training would, too",
+        "online": "ask the repository and the package index, too",
+    }
+)
+def doctor(c: Context, json: bool = False, deep: bool = False, online: bool = False) -> None:
+    """Look for known troubles of the machine and the installation."""
+    from kohya_mps import doctor, front, settings
+
+    front.run(
+        lambda: doctor.examine(settings.load(), doctor.Asked(deep, online)), json=json, dry=c.config.run.dry
+    )
+
+
+def _has_words(name: str) -> bool:
+    """Whether a task was typed with a word behind it that is no flag.
+
+    invoke knows no argument that is positional and can be left out: with a default it
+    takes no word, without one it wants a word. So the default depends on what was typed.
+    """
+    typed = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
+    return any(word == "-" or not word.startswith("-") for word in typed)
+
+
+@task(
+    positional=["log"],
+    help={"log": "a log or traceback; standard input when left out", "json": JSON},
+)
+def explain(c: Context, log: str | None = None if _has_words("explain") else "-", json: bool = False) -> None:
+    """Find known failures in a log or traceback and tell what mends them."""
+    from kohya_mps import explain, front
+
+    front.run(lambda: explain.explain(log or "-"), json=json, dry=c.config.run.dry)
 
 
 @task(

@@ -14,7 +14,7 @@ def argv(generation: Generation, script: Path | str, *arguments: str) -> list[st
 
     A plain ``python script`` ignores the configuration and would see MPS where the trainer
     does not. The module is named instead of ``bin/accelerate``, whose first line cannot
-    hold every path that a home may have.
+    hold every path that a home may have; ``-P`` keeps the working directory's modules out.
     """
     return [*launcher(generation), str(script), *arguments]
 
@@ -26,7 +26,7 @@ def launcher(generation: Generation) -> list[str]:
 
 def accelerate(generation: Generation) -> list[str]:
     """The ``accelerate`` of the environment."""
-    return [str(generation.python), "-m", "accelerate.commands.accelerate_cli"]
+    return [str(generation.python), "-P", "-m", "accelerate.commands.accelerate_cli"]
 
 
 def environ(generation: Generation, *, offline: bool = False) -> dict[str, str]:

@@ -22,6 +22,9 @@ CONSTRAINTS = ROOT / "constraints"
 GUI_PRESETS = CONFIG / "gui-presets"
 PROBES = Path(__file__).resolve().parent / "probes"
 
+# libyaml's is ten times as fast; wheels have it, a build from source may not.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 _RELEASE = re.compile(r"\d+(\.\d+){0,2}")
@@ -204,7 +207,7 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         UsageError: when it is missing, is not YAML, or does not have that shape.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 -- both are safe
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be read: {error.strerror}", f"`git checkout {path.name}` restores it"
@@ -273,6 +276,11 @@ def _home(from_file: str, file_says: str) -> Path:
 def machine_wanted() -> str:
     """The architecture that the locks are made for, as ``platform.machine()`` says it."""
     return "arm64" if on_mac() else "x86_64"
+
+
+def memory_gb() -> float:
+    """The machine's memory in gigabytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def expected_device() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from . import launch
+from . import explain, launch
 from .errors import StepFailed, UsageError
 from .generations import Generation
 from .process import Finished, stream
@@ -198,6 +198,7 @@ def judge(generation: Generation, finished: Finished, output: Path, log: Path, o
     what = what_ran(options)
     title = f"Training step: {what}"
     if finished.returncode:
+        explain.tell(finished.tail)
         ended = Check(
             "trainer",
             Status.FAIL,
