@@ -207,11 +207,14 @@ def write_forms(home: Home, generation: Generation, chosen: Gui) -> Path:
     The mixed precision is that of the accelerate configuration, with which trainings start.
     """
     configuration = yaml.safe_load(generation.accelerate_config.read_text(encoding="utf-8"))
-    launched = chosen.forms.get("accelerate_launch", {}) | {
-        "mixed_precision": str(configuration["mixed_precision"])
+    # Without an output directory the page writes to the root of the disk (lora_gui.py, tmpfilename).
+    own = {
+        "accelerate_launch": {"mixed_precision": str(configuration["mixed_precision"])},
+        "folders": {"output_dir": str(home.root / "outputs"), "logging_dir": str(home.root / "logs")},
     }
+    sections = {name: {**chosen.forms.get(name, {}), **own.get(name, {})} for name in {**chosen.forms, **own}}
     path = _place(home) / "config.toml"
-    write(path, toml({**chosen.forms, "accelerate_launch": launched}).encode())
+    write(path, toml(sections).encode())
     return path
 
 
@@ -219,7 +222,11 @@ def toml(sections: dict[str, dict[str, Any]]) -> str:
     """Sections of texts, numbers and truths as TOML: JSON writes each of them as TOML does."""
     lines = ["# Written by `invoke gui` from config/gui.yaml."]
     for name, values in sections.items():
-        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        lines += [
+            "",
+            f"[{name}]",
+            *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()),
+        ]
     return "\n".join(lines) + "\n"
 
 
