@@ -325,7 +325,7 @@ def _generation(home: Home, profile: str) -> Generation:
 def _port(typed: str, otherwise: int) -> int:
     if not typed:
         return otherwise
-    if not typed.isdecimal() or not 0 < int(typed) < 65536:
+    if not (typed.isascii() and typed.isdecimal()) or not 0 < int(typed) < 65536:
         raise UsageError(f"--port: {typed!r} is no port", "accepted: 1 to 65535")
     return int(typed)
 
