@@ -19,10 +19,21 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from conftest import make_settings
+from conftest import Small, make_settings
+from wheelhouse import pin, wheel
 from world import World
 
-from kohya_mps import checkout, gui, preflight, settings
+from kohya_mps import (
+    checkout,
+    environment,
+    gui,
+    install,
+    inventory,
+    preflight,
+    rollback,
+    settings,
+    status,
+)
 from kohya_mps.errors import StepFailed, UsageError
 from kohya_mps.generations import Generation, Manifest, activate
 from kohya_mps.home import Home
@@ -246,6 +257,68 @@ def test_a_page_that_does_not_answer_is_ended(
     socket.create_server(("127.0.0.1", port)).close()
 
 
+def small_with_page(small: Small) -> Small:
+    """The same, and a lock with one package more."""
+    page = pin(wheel(small.wheels, "page", "3.0"))
+    small.lock.with_name("small-gui.txt").write_text(small.lock.read_text() + page)
+    return small
+
+
+def built(chosen: Settings, *, page: bool) -> Generation:
+    generation = environment.build(chosen, environment.plan(chosen, gui=page))
+    activate(Home(chosen.home), generation)
+    return generation
+
+
+def test_the_page_is_one_more_lock_and_stays_until_it_is_asked_away(small: Small) -> None:
+    chosen = small_with_page(small).settings
+    trainer, with_page = built(chosen, page=False), built(chosen, page=True)
+    assert inventory.versions(with_page.venv) == {**inventory.versions(trainer.venv), "page": "3.0"}
+
+    assert environment.plan(chosen).usable == with_page
+    assert environment.renew(chosen).extra["generation"] == with_page.name
+    Home(chosen.home).venv.unlink()
+    assert environment.plan(chosen).usable == with_page
+
+    assert built(chosen, page=False) == trainer
+    assert environment.plan(chosen).usable == trainer
+
+
+def test_a_newer_lock_is_built_with_the_page_again(small: Small) -> None:
+    chosen = small_with_page(small).settings
+    old = built(chosen, page=True)
+    lock = small.lock.with_name("small-gui.txt")
+    lock.write_text(lock.read_text() + "# refreshed\n")
+    new = environment.build(chosen)
+    assert new != old
+    assert new.has_gui()
+
+
+def test_an_environment_with_the_page_is_compared_with_the_pages_lock(small: Small) -> None:
+    chosen = small_with_page(small).settings
+    built(chosen, page=True)
+    assert "lock" not in {check.name for check in status.status(chosen).checks}
+    lock = small.lock.with_name("small-gui.txt")
+    lock.write_text(lock.read_text() + "# refreshed\n")
+    (row,) = (check for check in status.status(chosen).checks if check.name == "lock")
+    assert "small-gui.txt" in row.detail
+
+
+def test_rollback_goes_back_to_the_environment_before_the_page(small: Small) -> None:
+    chosen = small_with_page(small).settings
+    trainer, _ = built(chosen, page=False), built(chosen, page=True)
+    assert rollback.rollback(chosen).extra["generation"] == trainer.name
+    assert environment.plan(chosen).usable == trainer
+
+
+def test_both_flags_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match="both given"):
+        install.Wanted().with_page(gui=True, no_gui=True)
+    flags = ((True, False), (False, True), (False, False))
+    asked = [install.Wanted().with_page(gui, no_gui).gui for gui, no_gui in flags]
+    assert asked == [True, False, None]
+
+
 def test_an_environment_without_the_page_names_the_command_that_installs_it(tmp_path: Path) -> None:
     bare = make_installation(tmp_path, gui=False)
     with pytest.raises(UsageError, match="without the web page") as told:
@@ -295,7 +368,8 @@ def test_what_the_page_leaves_in_the_checkout_is_not_taken_for_the_users(install
 
 
 @pytest.mark.parametrize("preset", sorted(GUI_PRESETS.glob("*.json")), ids=lambda path: path.stem)
-def test_a_preset_is_sound_on_mps(preset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", settings.profile_names())
+def test_a_preset_is_sound_on_mps(preset: Path, profile: str, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.picture(world.folder / "a.png", (1024, 1024))
     world.safetensors(world.model, "sdxl" if json.loads(preset.read_text())["sdxl"] else "sd15")
@@ -306,7 +380,8 @@ def test_a_preset_is_sound_on_mps(preset: Path, tmp_path: Path) -> None:
     }
     saved = world.write("saved.json", json.dumps({**json.loads(preset.read_text()), **files}))
     question = preflight.Question(saved, device="mps", memory_gb=32)
-    judged = preflight.check(make_settings(tmp_path / "home"), question)
+    chosen = make_settings(tmp_path / "home", profile=settings.load_profile(profile))
+    judged = preflight.check(chosen, question)
     wrong = [check.detail for check in judged.checks if check.status in (Status.FAIL, Status.WARN)]
     assert not wrong
 
