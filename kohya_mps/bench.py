@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from . import constraints, environment, front, launch, train_step
+from . import constraints, environment, front, gui, launch, train_step
 from .errors import StepFailed
 from .home import Home
 from .install import installed
 from .isolated import PLACE
-from .process import Finished, scrubbed, stream, uv
+from .process import RUN_MARK, Finished, end_leftovers, scrubbed, stream, uv
 from .report import Check, Report, say
 from .settings import ROOT, Settings, load
 
-PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation")
+PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "gui")
 
 
 # On the disk that the environments are on: links from uv's cache do not cross file systems.
@@ -72,6 +76,7 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "train_step": _train_step,
         "list": _list,
         "generation": _generation,
+        "gui": _gui,
     }
     rows: list[Row] = []
     _SCRATCH.mkdir(exist_ok=True)
@@ -231,6 +236,50 @@ def _generation(settings: Settings, scratch: Path, times: int) -> list[Row]:
     shutil.rmtree(scratch / "second")
     added = (both - first) / 1e6
     return [Row("disk of a second generation", "the first", (added, first / 1e6), "MB", 0.05)]
+
+
+def _gui(settings: Settings, scratch: Path, times: int) -> list[Row]:
+    """Until the page answers; ``settings`` name a home with the page in it."""
+    home = Home(settings.home)
+    generation = installed(home)
+    address = gui.Address(gui.LOOPBACK, _free_port())
+    where = ["--listen", address.host, "--server_port", str(address.port), "--headless", "--noverify"]
+
+    def timed(command: Sequence[str], environ: Mapping[str, str]) -> float:
+        mark, ended, answered = uuid.uuid4().hex, threading.Event(), list[float]()
+        started = time.monotonic()
+
+        def watch() -> None:
+            while not address.answers():
+                if ended.wait(0.1):
+                    return
+            answered.append(time.monotonic() - started)
+            end_leftovers(mark)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        done = stream(command, cwd=home.root, env={**environ, RUN_MARK: mark}, on_output=lambda _: None)
+        ended.set()
+        watcher.join()
+        if not answered:
+            raise StepFailed(f"{' '.join(command[:3])} … ended with {done.returncode}: {done.last_line}")
+        return answered[0]
+
+    def ours() -> float:
+        command = [_tool("invoke"), "--search-root", str(ROOT), "gui", "--port", str(address.port)]
+        return timed(command, _own_environment(KOHYA_HOME=str(home.root)))
+
+    def bare() -> float:
+        variables = launch.environ(generation) | {"GRADIO_ANALYTICS_ENABLED": "False"}
+        return timed([str(generation.python), "kohya_gui.py", *where], variables)
+
+    against = "python kohya_gui.py of the same environment"
+    return [Row("invoke gui until it answers", against, _alternating(min(times, 3), ours, bare), "s", 1.1)]
+
+
+def _free_port() -> int:
+    with socket.create_server((gui.LOOPBACK, 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def _disk(*trees: Path) -> int:

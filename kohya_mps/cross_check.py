@@ -130,11 +130,13 @@ def install_lowest(lock: constraints.Lock, place: Path) -> tuple[str, Path]:
 def install(lock: constraints.Lock, tree: Path, macos: str) -> str:
     """Install the macOS arm64 wheels of a lock into a directory, digests checked.
 
+    What the distributions require of each other is judged afterwards, overrides included.
+
     Returns:
         uv's reason why it could not; empty when it did.
     """
     command = [uv(), "pip", "install", "--quiet", "--python-platform", "aarch64-apple-darwin"]
-    command += ["--python-version", locks.PYTHON, "--only-binary", ":all:", "--require-hashes"]
+    command += ["--python-version", locks.PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps"]
     environ = scrubbed(extra={**sources.for_uv(), "MACOSX_DEPLOYMENT_TARGET": macos})
     done = capture([*command, "--target", tree, "-r", lock.path], cwd=settings.ROOT, env=environ)
     return "" if done.returncode == 0 else done.stderr.strip() or f"uv ended with {done.returncode}"

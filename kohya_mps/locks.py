@@ -265,10 +265,10 @@ def _compile(source: Path, text: str, arguments: list[str], extra: Mapping[str, 
     assert dated
     environ = scrubbed(extra=extra)
     environ.pop("UV_FIND_LINKS", None)  # a local wheel's hash is not the published one's
-    with tempfile.NamedTemporaryFile("w", prefix="kohya-mps-override-", suffix=".txt") as overrides:
-        overrides.write("\n".join(_OVERRIDE.findall(text)))
-        overrides.flush()
-        asked = [source.name, "--exclude-newer", dated[1], "--override", overrides.name, *arguments]
+    with tempfile.NamedTemporaryFile("w", prefix="kohya-mps-override-", suffix=".txt") as overriding:
+        overriding.write("\n".join(_OVERRIDE.findall(text)))
+        overriding.flush()
+        asked = [source.name, "--exclude-newer", dated[1], "--override", overriding.name, *arguments]
         reason = resolve(asked, cwd=source.parent, env=environ).reason
     if reason:
         because = culprit_chain(reason)
