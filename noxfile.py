@@ -122,3 +122,12 @@ def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
     session.install(*DEV)
     session.run("python", "-m", "kohya_mps.bench", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def chaos(session: nox.Session) -> None:
+    """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
+    from kohya_mps import chaos
+
+    given = chaos.parse(session.posargs)
+    front.run(lambda: chaos.run(settings.load(), given), json=given.json)

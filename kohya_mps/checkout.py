@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from enum import StrEnum
@@ -21,7 +22,7 @@ from .errors import KohyaError, StepFailed, UsageError
 from .home import STATE, Home, check_place, held, write
 from .process import Finished, capture, scrubbed, stream
 from .report import Check, Report, Status, say
-from .settings import GUI_PRESETS, Settings
+from .settings import GUI_PRESETS, Settings, without_secret
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
@@ -234,7 +235,7 @@ class _Tree:
         if interrupted:
             self._finish(interrupted)
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
-        if not here and not interrupted:
+        if not here and not (interrupted and not interrupted.came_from):
             self._git("rev-parse", "--git-dir")
             raise _Damaged("HEAD names no commit")
         if here not in ("", commit) and not self.is_submodule:
@@ -279,8 +280,6 @@ class _Tree:
 
     def _finish(self, move: _Move) -> None:
         """A run was killed in here: drop its locks, and bring files it half wrote to their new state."""
-        if not (self.path / ".git" / "HEAD").exists() and not (self.path / ".git").is_file():
-            self._git("init", "--quiet")
         self._drop_locks()
         here = self._run("rev-parse", "--verify", "--quiet", "HEAD^{commit}").stdout.strip()
         if move.stage is _Stage.SWITCH and self._has(move.goes_to) and (not here or self._local_changes()):
@@ -326,7 +325,7 @@ class _Tree:
         url = self.url()
         if self._run("remote", "get-url", "origin").returncode:
             self._git("remote", "add", "origin", url)
-        say(f"  fetching {commit[:12]} from {url}")
+        say(f"  fetching {commit[:12]} from {without_secret(url)}")
         # A complete clone of the user's must not become a shallow one.
         is_complete = self._has("HEAD") and not (self._git_dir() / "shallow").exists()
         one = self._download(*([] if is_complete else ["--depth", "1"]), url, commit)
@@ -345,7 +344,7 @@ class _Tree:
             raise self._unreachable(url, everything)
         if not self._has(commit):
             raise UsageError(
-                f"{url} has no commit {commit}",
+                f"{without_secret(url)} has no commit {commit}",
                 "check KOHYA_COMMIT and KOHYA_REPO_URL: is it in that repository?",
             )
 
@@ -373,7 +372,7 @@ class _Tree:
             f"it sent nothing for {self.stall_seconds:g} seconds" if finished.stalled else finished.last_line
         )
         return StepFailed(
-            f"{url} cannot be fetched: {reason}",
+            f"{without_secret(url)} cannot be fetched: {reason}",
             "check the network, or name a mirror or a local copy with KOHYA_REPO_URL "
             "(submodules: git config url.<base>.insteadOf)",
         )
@@ -384,12 +383,16 @@ class _Tree:
         The files stay; the new repository stands at the commit they came from, as far as
         that can still be read, so that what the user changed shows as changed.
         """
-        git = self.path / ".git"
+        git, move = self.path / ".git", self._recorded()
+        if move and move.stage is not _Stage.RENEW and not move.came_from and not _read_head(git):
+            shutil.rmtree(git)  # ours alone: a first clone that was killed before anything stood there
+            self._begin(commit)
+            return
         aside = _first_free(self.path, ".git.damaged")
         say(
             f"  {self.path}: its repository is damaged ({reason}); it is kept as {aside.name}, a new one is made"
         )
-        came_from = _read_head(git)
+        came_from = _read_head(git) or (move.came_from if move else "")
         self._note(_Stage.RENEW, came_from, "")
         git.rename(aside)
         if (aside / "modules").is_dir():  # the submodule's repository, in a user's own clone
@@ -401,6 +404,8 @@ class _Tree:
         self._git("init", "--quiet")
         self._drop_locks()
         self._exclude("/.git.damaged*")
+        if not self.is_submodule:
+            self._exclude(f"/{STATE}/")
         try:
             self._fetch(came_from or commit)
         except KohyaError:
@@ -473,9 +478,16 @@ def _command(path: Path) -> list[str]:
 
 def _environment(path: Path) -> dict[str, str]:
     """Git asks for no password in the middle of a set-up, answers in the language that is
-    read here, and never takes a repository further up for the one in ``path``."""
-    above = str(path.resolve().parent)
-    return scrubbed(extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", "GIT_CEILING_DIRECTORIES": above})
+    read here, never takes a repository further up for the one in ``path``, and does not
+    lock the index only to look: killed then, it would leave the lock behind."""
+    return scrubbed(
+        extra={
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_OPTIONAL_LOCKS": "0",
+            "GIT_CEILING_DIRECTORIES": str(path.resolve().parent),
+            "LC_ALL": "C",
+        }
+    )
 
 
 def _git(path: Path, *arguments: str) -> str:

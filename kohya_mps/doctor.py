@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,15 @@ def examine(settings: Settings, asked: Asked) -> Report:
     home = Home(settings.home)
     active = generations.active(home)
     state = status.status(settings).checks if active else ()
-    machine = _machine(settings, home, active, state)
+    lock = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
+    machine = _machine(settings, home)
+    if active:
+        machine = _with_environment(machine, settings, active, state, lock)
     if asked.online:
         machine = _online(settings, machine)
     versions = inventory.versions(active.venv) if active else {}
     facts: dict[str, Any] = msgspec.structs.asdict(machine)
     facts |= {f"package_{name.replace('-', '_')}": version for name, version in versions.items()}
-    lock = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
     situation = Situation(expected_device(), settings.profile_name, settings.profile, lock)
     found = list(failures.ahead(failures.known(), "environment", facts, situation))
     troubles: dict[str, list[Check]] = {}
@@ -129,7 +131,7 @@ def examine(settings: Settings, asked: Asked) -> Report:
     return Report(f"Doctor: this machine and {home.root}", tuple(checks), extra)
 
 
-def _machine(settings: Settings, home: Home, active: Generation | None, state: tuple[Check, ...]) -> Machine:
+def _machine(settings: Settings, home: Home) -> Machine:
     place = home.root
     while not place.exists():
         place = place.parent
@@ -141,7 +143,7 @@ def _machine(settings: Settings, home: Home, active: Generation | None, state: t
     )
     hf_home = environ.get("HF_HOME") or None
     default = configure.default_location()
-    machine = Machine(
+    return Machine(
         system=platform.system(),
         architecture=platform.machine(),
         rosetta=_sysctl("sysctl.proc_translated") == "1",
@@ -169,21 +171,23 @@ def _machine(settings: Settings, home: Home, active: Generation | None, state: t
         case_sensitive=_tells_case(place),
         venv=str(home.venv),
         foreign_venv=generations.foreign_venv(home),
-        installed=active is not None,
+        installed=generations.active(home) is not None,
         interrupted=any(generation.manifest() is None for generation in generations.present(home)),
         default_config=str(default),
         default_use_cpu=_use_cpu(default),
         default_config_is_directory=default.is_dir(),
     )
-    return _with_environment(machine, settings, active, state) if active else machine
 
 
 def _with_environment(
-    machine: Machine, settings: Settings, active: Generation, state: tuple[Check, ...]
+    machine: Machine,
+    settings: Settings,
+    active: Generation,
+    state: tuple[Check, ...],
+    wanted: Mapping[str, str],
 ) -> Machine:
     manifest = active.manifest()
     versions = inventory.versions(active.venv)
-    wanted = constraints.read(settings.profile.lock_file).versions(constraints.here(on_mac()))
     changed = [
         f"{row.name.removeprefix('package ')} {row.detail}"
         for row in state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import sys
@@ -221,7 +220,8 @@ def find_python(profile: Profile) -> Interpreter:
         UsageError: none can be had, or this is a Mac and it is not native.
     """
     own = Interpreter(
-        os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+        # Not resolved: Homebrew's links outlive the versions that they point to.
+        getattr(sys, "_base_executable", sys.executable),
         platform.python_version(),
         platform.machine(),
     )
@@ -240,7 +240,7 @@ def find_python(profile: Profile) -> Interpreter:
             f"(kohya_ss and the lock agree on {profile.python} alone; this is {platform.python_version()})",
             f"install it with {how}, or get online and run the same command again",
         )
-    path = os.path.realpath(found.stdout.strip())
+    path = found.stdout.strip()
     ask = "import platform; print(platform.python_version(), platform.machine())"
     answer = capture([path, "-I", "-c", ask])
     if answer.returncode:

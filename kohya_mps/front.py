@@ -49,14 +49,22 @@ def run(step: Callable[[], Report | int], *, json: bool = False, dry: bool = Fal
         raise SystemExit(mendable.exit_code) from None
     if isinstance(result, int):
         raise SystemExit(result)
-    from .report import show, to_json
-
-    if json:
-        print(to_json(result))
-    else:
-        show(result)
+    _print(result, json)
     if not result.ok:
         raise SystemExit(FAILED)
+
+
+def _print(report: Report, json: bool) -> None:
+    from .report import show, to_json
+
+    try:
+        if json:
+            print(to_json(report), flush=True)
+        else:
+            show(report)
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted; nothing more can be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminated(_signum: int, _frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import os
 import pwd
 import shlex
 import stat
-import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +58,11 @@ class Home(msgspec.Struct, frozen=True):
 
 
 class _Holder(msgspec.Struct, frozen=True):
+    """Who holds the installation; ``left`` are the marks of killed runs whose processes may still run."""
+
     pid: int
     mark: str
+    left: tuple[str, ...] = ()
 
 
 def check_place(home: Home) -> None:
@@ -121,24 +124,20 @@ def held(home: Home) -> Iterator[None]:
     """Hold the installation; what a killed run left running is ended first.
 
     Raises:
-        Busy: another run holds it; nothing is waited for.
+        Busy: another run holds it; its end is not waited for.
     """
     home.state.mkdir(parents=True, exist_ok=True)
     record = home.state / "holder.json"
     lock = FileLock(home.state / "lock")
+    _take(lock, home, record)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = _read_holder(record)
-        who = f"process {holder.pid}" if holder else "another process"
-        raise Busy(
-            f"{home.root} is in use by {who}",
-            f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
-        ) from None
-    try:
-        if left := _read_holder(record):
-            end_leftovers(left.mark)
+        killed = _read_holder(record)
+        left = (killed.mark, *killed.left) if killed else ()
         mark = uuid.uuid4().hex
+        # Before anything that takes time: a second run has to name this process.
+        write(record, msgspec.json.encode(_Holder(os.getpid(), mark, left)))
+        for old in left:
+            end_leftovers(old)
         os.environ[RUN_MARK] = mark
         write(record, msgspec.json.encode(_Holder(os.getpid(), mark)))
         yield
@@ -148,6 +147,27 @@ def held(home: Home) -> Iterator[None]:
         lock.release()
 
 
+def _take(lock: FileLock, home: Home, record: Path) -> None:
+    """Take the lock, or name who has it."""
+    holder: _Holder | None = None
+    # First not zero: `invoke status` takes the lock for a moment to see whether somebody has
+    # it. Then, while nobody alive has it, longer: a process that a killed run was about to
+    # start keeps the lock open until it has become its own program.
+    for seconds in (0.1, 2.0):
+        try:
+            lock.acquire(timeout=seconds, poll_interval=0.02)
+        except Timeout:
+            if holder := _present_holder(record):
+                break
+        else:
+            return
+    who = f"process {holder.pid}" if holder else "another process"
+    raise Busy(
+        f"{home.root} is in use by {who}",
+        f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
+    )
+
+
 def running(home: Home) -> int | None:
     """The process that holds the installation now, if any."""
     if not (home.state / "lock").exists():
@@ -155,11 +175,34 @@ def running(home: Home) -> int | None:
     lock = FileLock(home.state / "lock")
     try:
         lock.acquire(timeout=0)
-    except Timeout:
-        holder = _read_holder(home.state / "holder.json")
+    except OSError as error:
+        if not isinstance(error, Timeout):  # a home that cannot be written has nobody at work in it
+            return None
+        holder = _present_holder(home.state / "holder.json")
         return holder.pid if holder else 0
     lock.release()
     return None
+
+
+def _present_holder(record: Path) -> _Holder | None:
+    """The run that holds the lock now; it writes its record a moment after it took the lock."""
+    deadline = time.monotonic() + 1
+    while True:
+        holder = _read_holder(record)
+        if holder and _alive(holder.pid):
+            return holder
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read_holder(record: Path) -> _Holder | None:
@@ -172,16 +215,18 @@ def _read_holder(record: Path) -> _Holder | None:
 def write(path: Path, data: bytes) -> None:
     """Replace a file in one step: readers see the old or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Always the same name: what a killed run left is replaced and does not pile up.
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with new.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        new.chmod(0o644)
+        new.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
 
 

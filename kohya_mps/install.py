@@ -22,7 +22,7 @@ from .home import Home, check_place, held
 from .process import capture
 from .receipt import Receipt, Verdict
 from .report import Check, Report, Status, say
-from .settings import Settings, expected_device, machine_wanted, on_mac
+from .settings import Settings, expected_device, machine_wanted, on_mac, without_secret
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -316,7 +316,7 @@ def _record(
         python=manifest.python,
         interpreter=manifest.interpreter,
         distributions={name: d.version for name, d in manifest.inventory.distributions.items()},
-        url=settings.url,
+        url=without_secret(settings.url),
         commits=commits,
         mixed_precision=settings.mixed_precision,
         accelerate_config=receipt.config_digest(generation),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from packaging.version import Version
 
 from . import base_model, constraints, correct, failures, pictures
 from .base_model import Form, Model
@@ -55,7 +56,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_at_hand: bool
     offline: bool
     offline_by: str
-    macos_is_before_14: bool | None
+    macos_too_old: str | None
     memory_gb: float | None
     comfortable_gb: float | None
     has_pictures: bool
@@ -207,7 +208,7 @@ def _estimate(
 
 def findings(looked: Looked, situation: Situation, base: Path, memory_gb: float | None) -> list[Finding]:
     """The known failures that a training would meet, worst first, each once."""
-    common = _facts(looked, base, memory_gb)
+    common = _facts(looked, situation, base, memory_gb)
     found: dict[str, Finding] = {}
     for settings in (
         [s.settings for s in looked.data.sets] if looked.data and looked.data.sets else [looked.training]
@@ -248,7 +249,7 @@ def _script_family(trainer: str, training: Training) -> str:
     return "sd2" if training.v2 else "sd15"
 
 
-def _facts(looked: Looked, base: Path, memory_gb: float | None) -> Facts:
+def _facts(looked: Looked, situation: Situation, base: Path, memory_gb: float | None) -> Facts:
     training, data = looked.training, looked.data
     offline = [
         n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(n, "0").upper() in _YES
@@ -272,7 +273,7 @@ def _facts(looked: Looked, base: Path, memory_gb: float | None) -> Facts:
         tokenizer_at_hand=_has_tokenizer(training, base),
         offline=bool(offline),
         offline_by=" and ".join(offline),
-        macos_is_before_14=_before_macos_14(),
+        macos_too_old=_macos_too_old(training.mixed_precision, situation),
         memory_gb=memory_gb,
         comfortable_gb=memory_gb * _COMFORTABLE if memory_gb else None,
         has_pictures=bool(data and data.sets),
@@ -376,9 +377,12 @@ def _has_tokenizer(training: Training, base: Path) -> bool:
     return os.path.isdir(f"{hub}/models--{name.replace('/', '--')}/snapshots")
 
 
-def _before_macos_14() -> bool | None:
-    version = platform.mac_ver()[0]
-    return int(version.partition(".")[0]) < 14 if version else None
+def _macos_too_old(precision: str, situation: Situation) -> str | None:
+    """A mixed precision that this Mac's system cannot do, by the profile's ``needs_macos``."""
+    here, needed = platform.mac_ver()[0], situation.profile.needs_macos.get(precision)
+    if situation.device != "mps" or not here or not needed or Version(here) >= Version(needed):
+        return None
+    return f"{precision} on MPS needs macOS {needed}, and this is {here}"
 
 
 def _read_row(looked: Looked, situation: Situation) -> Check:

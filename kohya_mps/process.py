@@ -47,7 +47,8 @@ class Finished(msgspec.Struct, frozen=True):
     """How a process ended.
 
     ``tail`` is the end of what it printed, ``seconds`` its wall time and ``peak_bytes`` the
-    largest resident memory of it or any process it started and waited for.
+    largest resident memory of it or any process it started and waited for; never less than
+    what this process had when it started it.
     """
 
     returncode: int

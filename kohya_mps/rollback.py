@@ -28,7 +28,7 @@ def rollback(settings: Settings, to: str = "") -> Report:
         target = _target(home, to)
         known = receipt.read(target)
         if known and known.commits:
-            checkout.bring(msgspec.structs.replace(settings, commit=known.commits.kohya_ss, url=known.url))
+            checkout.bring(msgspec.structs.replace(settings, commit=known.commits.kohya_ss))
         if target.accelerate_config.exists():
             default = configure.write_default(target)
         else:

@@ -273,6 +273,11 @@ def _home(from_file: str, file_says: str) -> Path:
     return home
 
 
+def without_secret(url: str) -> str:
+    """An address as it may be printed and recorded: without the name and password in it."""
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", url)
+
+
 def machine_wanted() -> str:
     """The architecture that the locks are made for, as ``platform.machine()`` says it."""
     return "arm64" if on_mac() else "x86_64"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import shutil
 
 import msgspec
 
@@ -54,11 +53,14 @@ def run(settings: Settings, generation: Generation) -> Report:
         config_file=str(generation.accelerate_config),
     )
     say("  smoke check: starting torch through accelerate launch")
-    with tempfile.TemporaryDirectory() as directory:
-        asked, told = Path(directory) / "request.json", Path(directory) / "result.json"
+    directory = generation.path / "smoke"
+    shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
+    directory.mkdir()
+    try:
+        asked, told = directory / "request.json", directory / "result.json"
         asked.write_bytes(msgspec.json.encode(request))
         command = launch.argv(generation, PROBES / "smoke.py", str(asked), str(told))
-        finished = stream(command, cwd=Path(directory), env=launch.environ(generation, offline=True))
+        finished = stream(command, cwd=directory, env=launch.environ(generation, offline=True))
         if finished.returncode or not told.exists():
             start = Check(
                 "start", Status.FAIL, f"the probe ended with {finished.returncode}: {finished.last_line}",
@@ -66,6 +68,8 @@ def run(settings: Settings, generation: Generation) -> Report:
             )  # fmt: skip
             return Report("Smoke check", (start,), {"device": None})
         rows = msgspec.json.decode(told.read_bytes(), type=tuple[_Row, ...])
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
     checks = tuple(Check.of(row.name, row.good, row.detail, row.fix) for row in rows)
     device = request.device if Report("", checks).ok else None
     return Report("Smoke check", checks, {"device": device, "seconds": round(finished.seconds, 1)})

@@ -492,7 +492,12 @@ CASES = {
         settings=settings(
             {"network_module": "lycoris.kohya", "network_args": ["algo=ia3"]},
             {"network_module": "lycoris.kohya", "network_args": ["algo=loha"]},
-        )
+        ),
+        log=log(
+            '  File "site-packages/lycoris/modules/full.py", line 60, in x\n'
+            "AttributeError: 'Linear' object has no attribute 'weight'",
+            "AttributeError: 'Linear' object has no attribute 'weight'",
+        ),
     ),
     "ckpt-runs-code": Cases(settings=files(_pickle("model.ckpt"), _pickle("model.ckpt.safetensors"))),
     "tokenizer-offline": Cases(

@@ -662,6 +662,26 @@ def test_a_move_killed_anywhere_is_finished_by_the_next_run(
             check_is_good(settings, upstream)
 
 
+@pytest.mark.parametrize("missing", ["HEAD", "refs", "objects", "config"])
+@pytest.mark.parametrize("tree", [".", "sd-scripts"])
+def test_a_git_init_that_was_killed_itself_is_begun_again(
+    tree: str, missing: str, settings: Settings, upstream: Upstream, killer: Killer
+) -> None:
+    assert not killer.run(settings, 0, "never")
+    calls = (killer.directory / "calls").read_text().splitlines()
+    shutil.rmtree(settings.home)
+    numbers = [
+        n for n, call in enumerate(calls, 1) if " init " in f"{call} " and "submodule" not in call.split()
+    ]
+    assert killer.run(settings, numbers[tree != "."], "after")
+    half = settings.home / tree / ".git"
+    (half / "config.lock").touch()
+    shutil.rmtree(half / missing) if (half / missing).is_dir() else (half / missing).unlink()
+    assert clone(settings).ok
+    check_is_good(settings, upstream)
+    assert not list((settings.home / tree).glob(".git.damaged*"))
+
+
 def spoil_head(home: Path) -> None:
     (home / ".git" / "HEAD").unlink()
 

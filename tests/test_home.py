@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +75,59 @@ def test_a_lock_left_by_a_killed_process_is_taken_over_and_its_leftovers_end(hom
             pass
         left = psutil.Process(below) if psutil.pid_exists(below) else None
         assert left is None or left.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_run_that_holds_the_home_is_named_and_not_a_killed_one_before_it(home: Home) -> None:
+    """Ending what a killed run left takes seconds; a third run that comes meanwhile has to name the second."""
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    environ = {**os.environ, RUN_MARK: "killed"}
+    below = subprocess.Popen([sys.executable, "-c", stubborn], env=environ, stdout=subprocess.PIPE)
+    assert below.stdout is not None
+    below.stdout.readline()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    record = home.state / "holder.json"
+    write(record, json.dumps({"pid": gone.pid, "mark": "killed"}).encode())
+    second = subprocess.Popen([sys.executable, "-c", HOLDER, home.root], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        while json.loads(record.read_bytes())["pid"] == gone.pid:
+            assert second.poll() is None
+        assert below.poll() is None, "the leftover has to be there still"
+        with pytest.raises(Busy, match=f"process {second.pid}"), held(home):
+            pass
+        # Killed in the middle of that, it leaves both marks to the next run.
+        second.kill()
+        second.wait()
+        with held(home):
+            pass
+        assert below.wait(timeout=10) == -signal.SIGKILL
+    finally:
+        for process in (second, below):
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def test_a_look_at_the_lock_does_not_turn_a_run_away(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`invoke status` holds the lock for the moment that it takes to see whether it is free."""
+    home.state.mkdir(parents=True)
+    with (home.state / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(lock, fcntl.LOCK_UN))
+        with held(home):
+            pass
+
+
+def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_taken_over(home: Home) -> None:
+    with holder(home) as (process, _):
+        dead = subprocess.Popen([sys.executable, "-c", "pass"])
+        dead.wait()
+        record = home.state / "holder.json"
+        record.write_bytes(record.read_bytes().replace(str(process.pid).encode(), str(dead.pid).encode()))
+        threading.Timer(1.5, process.kill).start()
+        with held(home):
+            assert process.wait(5) == -signal.SIGKILL
 
 
 def test_what_another_installation_runs_is_not_ended(home: Home, tmp_path: Path) -> None:
@@ -202,6 +259,20 @@ def test_a_file_is_replaced_whole_and_is_nobody_elses_to_change(tmp_path: Path) 
     assert path.read_bytes() == b"two"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_a_killed_write_left_is_replaced_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    killed = "import os, sys; os.fsync = lambda _: os._exit(9); from pathlib import Path\n"
+    killed += "from kohya_mps.home import write; write(Path(sys.argv[1]), b'half')"
+    assert subprocess.run([sys.executable, "-c", killed, path], cwd=ROOT, check=False).returncode == 9
+    assert not path.exists()
+    assert len(list(tmp_path.glob(".file*"))) == 1
+
+    write(path, b"whole")
+
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.glob(".file*")) == []
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(

@@ -400,3 +400,15 @@ def test_any_dataset_configuration_model_and_caption(data: bytes, config: Any, t
     )
     judged_or_refused(world.toml("one.toml"))
     judged_or_refused(world.toml("two.toml", dataset_config=str(tmp_path / "sets.json")))
+
+
+def test_bf16_is_refused_on_a_mac_whose_system_is_too_old_for_the_profile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latest = settings.load(profile="latest")
+    asked = Question(world.toml(mixed_precision="bf16"), device="mps")
+    for version, failures in (("13.6.1", ["bf16"]), ("15.1", []), ("", [])):
+        monkeypatch.setattr(
+            "kohya_mps.preflight.platform.mac_ver", lambda version=version: (version, ("", "", ""), "")
+        )
+        assert preflight.check(latest, asked).extra["failures"] == failures

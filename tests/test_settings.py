@@ -215,3 +215,16 @@ def test_elsewhere_the_expected_device_is_never_mps(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.platform", "linux")
     assert settings.expected_device() in ("cuda", "cpu")
     assert "triton" not in settings.load().profile.forbidden_here()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:secret@git.example/kohya_ss.git", "https://git.example/kohya_ss.git"),
+        ("https://token@git.example/a", "https://git.example/a"),
+        ("https://git.example/a@b", "https://git.example/a@b"),
+        ("git@git.example:a.git", "git@git.example:a.git"),
+    ],
+)
+def test_an_address_is_shown_without_its_secret(url: str, shown: str) -> None:
+    assert settings.without_secret(url) == shown

@@ -24,6 +24,8 @@ def only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("UV_NO_CONFIG", "1")
     monkeypatch.setenv("UV_DEFAULT_INDEX", empty.as_uri())
+    # Not offline: uv would say "not in the cache" of what does not exist.
+    monkeypatch.delenv("UV_OFFLINE", raising=False)
     monkeypatch.setenv("UV_FIND_LINKS", str(folder))
 
 

@@ -6,7 +6,6 @@ FIELDS is a JSON object of fields to set. Prints what accelerate reads back, as 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from accelerate.utils import write_basic_config
 
 def main() -> None:
     target, fields = Path(sys.argv[1]), json.loads(sys.argv[2])
-    written = target.with_name(f".{target.name}.{os.getpid()}.yaml")
+    # Always the same name: what a killed run left is replaced. The helper keeps a file that is there.
+    written = target.with_name(f".{target.name}.new.yaml")
+    written.unlink(missing_ok=True)
     # Without CUDA the helper writes use_cpu: true, on a Mac too, and the launcher obeys it
     # (accelerate 1.3.0, commands/config/default.py): that is what FIELDS corrects.
     write_basic_config(mixed_precision=fields["mixed_precision"], save_location=str(written))
