@@ -26,7 +26,7 @@ import yaml
 from . import generations, launch
 from .errors import StepFailed, UsageError
 from .generations import Generation
-from .home import Home, check_place, held, link, write
+from .home import Home, check_place, held, write
 from .install import installed
 from .process import RUN_MARK, capture, end_leftovers, stream
 from .report import say
@@ -98,12 +98,12 @@ def serve(settings: Settings, wanted: Wanted) -> int:
     home, chosen = Home(settings.home), load_gui()
     address = Address(wanted.listen, _port(wanted.port, chosen.port))
     generation = _generation(home, wanted.profile)
+    if wanted.config and not Path(wanted.config).is_file():
+        raise UsageError(f"{wanted.config}: there is no such file", "give a config.toml as kohya_ss takes it")
     check_place(home)
-    check_free(address)
     with held(home):
+        check_free(address)
         config = Path(wanted.config).absolute() if wanted.config else write_forms(home, generation, chosen)
-        if not config.is_file():
-            raise UsageError(f"{config}: there is no such file", "give a config.toml as kohya_ss takes it")
         write_accelerate(home, generation)
         offer_presets(home)
         if address.host != LOOPBACK:
@@ -257,8 +257,10 @@ def offer_presets(home: Home) -> None:
     for preset in sorted(GUI_PRESETS.glob("*.json")):
         offered = home.root / USER_PRESETS / preset.name
         offered.parent.mkdir(parents=True, exist_ok=True)
-        if offered.is_symlink() or not offered.exists():
-            link(offered, preset)
+        if offered.is_symlink():
+            offered.unlink()  # this project may have moved
+        if not offered.exists():
+            offered.symlink_to(preset)
 
 
 def environ(home: Home, generation: Generation) -> dict[str, str]:

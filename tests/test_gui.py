@@ -151,6 +151,25 @@ def test_the_address_is_printed_and_nothing_is_left_when_it_is_ended(
     socket.create_server(("127.0.0.1", started.port)).close()
 
 
+def test_a_second_page_of_the_same_installation_is_refused(installation: Settings, tmp_path: Path) -> None:
+    first = Started(installation, tmp_path / "first")
+    first.told()
+    second = Started(installation, tmp_path / "second")
+    assert second.process.wait(30) == 3
+    assert f"in use by process {first.process.pid}" in second.said()
+    assert first.end() == 0
+
+
+def test_forms_of_ones_own_are_taken(installation: Settings, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[basic]\n")
+    started = Started(installation, tmp_path / "log", "--config", str(tmp_path / "mine.toml"))
+    rest = started.told()["rest"]
+    started.end()
+    assert rest[rest.index("--config") + 1] == str(tmp_path / "mine.toml")
+    with pytest.raises(UsageError, match="there is no such file"):
+        gui.serve(installation, gui.Wanted(config=str(tmp_path / "nothing.toml")))
+
+
 def test_the_page_gets_a_scrubbed_environment_and_upstreams_own_switches(
     installation: Settings, tmp_path: Path
 ) -> None:
