@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # The package is imported inside the tasks: listing them stays as fast as an empty file.
 
 JSON = "print the report as JSON to standard output"
+RUN = "a run, or a project or settings file, whose latest run is meant"
 PRECISION = "no, fp16 or bf16, as far as the device and the profile allow"
 
 
@@ -75,16 +76,31 @@ def clone(c: Context, json: bool = False, repo_url: str = "", commit: str = "", 
         "json": JSON,
         "mixed_precision": PRECISION,
         "replace_default": "back up and replace a foreign default",
+        "processes": "trainings start so many processes on each machine, a GPU each; 1 goes back to one",
+        "machines": "how many machines train together",
+        "machine_rank": "which of them this is, from 0",
+        "main_address": "the first machine, as the others reach it",
+        "main_port": "a free port of the first machine",
     }
 )
 def configure(
-    c: Context, json: bool = False, mixed_precision: str = "", replace_default: bool = False
+    c: Context,
+    json: bool = False,
+    mixed_precision: str = "",
+    replace_default: bool = False,
+    processes: int = 0,
+    machines: int = 1,
+    machine_rank: int = 0,
+    main_address: str = "",
+    main_port: int = 29500,
 ) -> None:
     """Write and check the accelerate configuration of the environment."""
     from kohya_mps import front, install, settings
+    from kohya_mps.configure import Layout
 
+    layout = Layout(processes, machines, machine_rank, main_address, main_port) if processes else None
     front.run(
-        lambda: install.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default),
+        lambda: install.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default, layout),
         json=json,
         dry=c.config.run.dry,
     )
@@ -100,15 +116,85 @@ def verify(c: Context, json: bool = False, full: bool = False) -> None:
 
 @task(
     help={
-        "file": "a TOML configuration as train_network.py --config_file takes it",
+        "json": JSON,
+        "name": "the folder to make",
+        "images": "the folder with your pictures and their captions",
+        "model": "the base model: a .safetensors file, a diffusers folder or a name on Hugging Face",
+        "preset": "sd15-lora, sd15-locon or sdxl-lora",
+    }
+)
+def new(
+    c: Context, name: str, images: str, model: str = "", preset: str = "sd15-lora", json: bool = False
+) -> None:
+    """Make a project: settings for this machine, your pictures linked, sample prompts."""
+    from kohya_mps import front, project, settings
+
+    wanted = project.Wanted(Path(name), Path(images), model, preset)
+    front.run(lambda: project.new(settings.load(), wanted), json=json, dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "json": JSON,
+        "place": "a project, or a TOML configuration as train_network.py --config_file takes it",
+        "resume": "go on with the latest run of it, or with the run named",
+        "detach": "return at once; the training goes on",
         "preflight": "--no-preflight trains even with what is known to fail",
     }
 )
-def train(c: Context, file: str, preflight: bool = True) -> None:
-    """Train with your own configuration, in the pinned environment."""
+def train(
+    c: Context,
+    place: str,
+    resume: bool = False,
+    detach: bool = False,
+    preflight: bool = True,
+    json: bool = False,
+) -> None:
+    """Train with your own settings, in the pinned environment, and show how it goes."""
     from kohya_mps import front, settings, train
 
-    front.run(lambda: train.train(settings.load(), Path(file), check=preflight), dry=c.config.run.dry)
+    wanted = train.Wanted(resume, detach, preflight)
+    front.run(lambda: train.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
+
+
+@task(help={"place": RUN, "whole": "everything that the trainer prints"})
+def logs(c: Context, place: str, whole: bool = False) -> None:
+    """Show how a running training goes, or how the last one went."""
+    from kohya_mps import front, train
+
+    front.run(lambda: train.logs(Path(place), whole=whole), dry=c.config.run.dry)
+
+
+@task(help={"json": JSON, "place": RUN})
+def stop(c: Context, place: str, json: bool = False) -> None:
+    """Have a running training save its state and end."""
+    from kohya_mps import front, train
+
+    front.run(lambda: train.stop(Path(place)), json=json, dry=c.config.run.dry)
+
+
+@task(help={"json": JSON, "place": RUN})
+def report(c: Context, place: str, json: bool = False) -> None:
+    """Write a run's report: one HTML file with curves, samples, settings and versions."""
+    from kohya_mps import front, run_report, settings
+
+    front.run(lambda: run_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+
+
+@task(name="test-lora", help={"json": JSON, "place": RUN})
+def test_lora(c: Context, place: str, json: bool = False) -> None:
+    """Draw a picture with and without a run's LoRA, with diffusers on the device."""
+    from kohya_mps import front, lora_test, settings
+
+    front.run(lambda: lora_test.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+
+
+@task(help={"place": RUN, "port": "where it listens"})
+def tensorboard(c: Context, place: str, port: int = 6006) -> None:
+    """Show the runs of a project, or one run, in TensorBoard."""
+    from kohya_mps import front, run_report, settings
+
+    front.run(lambda: run_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
 
 
 @task(

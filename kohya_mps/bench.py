@@ -17,16 +17,16 @@ from pathlib import Path
 
 import msgspec
 
-from . import constraints, environment, front, gui, launch, train_step
+from . import constraints, environment, front, gui, launch, runs, train, train_step
 from .errors import StepFailed
 from .home import Home
 from .install import installed
 from .isolated import PLACE
 from .process import RUN_MARK, Finished, end_leftovers, scrubbed, stream, uv
 from .report import Check, Report, say
-from .settings import ROOT, Settings, load
+from .settings import PROBES, ROOT, Settings, load
 
-PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "gui")
+PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "training", "gui")
 
 
 # On the disk that the environments are on: links from uv's cache do not cross file systems.
@@ -76,6 +76,7 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "train_step": _train_step,
         "list": _list,
         "generation": _generation,
+        "training": _training,
         "gui": _gui,
     }
     rows: list[Row] = []
@@ -236,6 +237,61 @@ def _generation(settings: Settings, scratch: Path, times: int) -> list[Row]:
     shutil.rmtree(scratch / "second")
     added = (both - first) / 1e6
     return [Row("disk of a second generation", "the first", (added, first / 1e6), "MB", 0.05)]
+
+
+def _training(settings: Settings, scratch: Path, times: int) -> list[Row]:
+    """Seconds per step in steady state, from what both sides wrote for TensorBoard."""
+    home = Home(settings.home)
+    generation = installed(home)
+    model = train_step.prepare_model(generation, home.verification, "sd15", "small")
+    project = scratch / "training"
+    project.mkdir()
+    file = project / runs.SETTINGS
+    file.write_text(_SMALL_TRAINING.format(model=model), encoding="utf-8")
+
+    def pace(run: runs.Run) -> float:
+        lora = str(run.output / "bench.safetensors")
+        printed = launch.probe(generation, PROBES / "inspect_run.py", str(run.tensorboard), lora, "lora_up")
+        shutil.rmtree(run.path)
+        found = msgspec.json.decode(printed, type=train_step.Inspection)
+        assert found.seconds_per_step is not None  # it made more than one step
+        return found.seconds_per_step * 1000
+
+    def ours() -> float:
+        _run([_tool("invoke"), "train", str(project)], env=_own_environment())
+        return pace(runs.find(project))
+
+    def bare() -> float:
+        run = runs.new(file)
+        shutil.copyfile(file, run.settings)
+        planned = train.plan(home, file, project)
+        script = [str(PROBES / "small_trainer.py"), str(planned.trainer)]
+        command = launch.argv(generation, *script, *train.trainer_arguments(planned, run))
+        _run(command, env=launch.environ(generation), cwd=project)
+        return pace(run)
+
+    measured = _alternating(min(times, 3), ours, bare)
+    return [Row("invoke train, a step", "accelerate launch of the same settings", measured, "ms", 1.03)]
+
+
+_SMALL_TRAINING = """
+pretrained_model_name_or_path = "{model}/model"
+tokenizer_cache_dir = "{model}/tokenizers"
+train_data_dir = "{model}/images"
+caption_extension = ".txt"
+resolution = "64,64"
+network_module = "networks.lora"
+network_dim = 4
+output_name = "bench"
+output_dir = "output"
+optimizer_type = "AdamW"
+learning_rate = 1e-4
+max_train_steps = 150
+seed = 42
+sdpa = true
+cache_latents = true
+max_data_loader_n_workers = 0
+"""
 
 
 def _gui(settings: Settings, scratch: Path, times: int) -> list[Row]:

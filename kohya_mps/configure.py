@@ -11,14 +11,15 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import yaml
 
 from . import launch
 from .errors import StepFailed, UsageError
 from .generations import Generation
-from .home import write
+from .home import Home, write
 from .report import Check, Report, Status
-from .settings import PROBES, Settings, expected_device, macos
+from .settings import CONFIG, PROBES, Settings, expected_device, macos, on_mac
 
 _MARK = "# Written by kohya-mps; it is replaced only while this digest fits: "
 _BACKUP = ".before-kohya-mps"
@@ -26,24 +27,83 @@ _BACKUP = ".before-kohya-mps"
 
 def fields(settings: Settings) -> dict[str, object]:
     """Every field that decides how a training is launched: one process on one machine's device."""
-    return {
-        "compute_environment": "LOCAL_MACHINE",
-        "debug": False,
-        "distributed_type": "NO",
-        "downcast_bf16": "no",
-        "enable_cpu_affinity": False,
-        "machine_rank": 0,
-        "main_training_function": "main",
+    return _template("mps" if on_mac() else "one-gpu") | {"mixed_precision": settings.mixed_precision}
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """How trainings are spread: processes on each machine, and this machine among several.
+
+    ``rank`` counts from 0; ``address`` and ``port`` are the first machine's, as the others reach it.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    rank: int = 0
+    address: str = ""
+    port: int = 29500
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be meant, or cannot be had on this device."""
+        if self.processes < 1 or self.machines < 1:
+            raise UsageError("--processes and --machines: accepted: 1 or more")
+        if not 0 <= self.rank < self.machines:
+            raise UsageError(
+                f"--machine-rank: {self.rank} of {self.machines} machines",
+                f"accepted: 0 to {self.machines - 1}",
+            )
+        if self.machines > 1 and not self.address:
+            raise UsageError(
+                "--main-address is not given", "give the first machine's address, as the others reach it"
+            )
+        if not 0 < self.port < 65536:
+            raise UsageError(f"--main-port: {self.port} is no port", "accepted: 1 to 65535")
+        if on_mac() and (self.processes, self.machines) != (1, 1):
+            raise UsageError(
+                "MPS is one device that several processes cannot train on together "
+                "(torch.distributed has no backend for it)",
+                "train on one Mac with one process, or on machines with CUDA",
+            )
+
+
+def spread(settings: Settings, generation: Generation, layout: Layout) -> Check:
+    """Write how trainings are launched from now on, or go back to one process.
+
+    The configuration lies in the home, not in a generation: it stays when the environment
+    is renewed, and the verification goes on with one process.
+
+    Raises:
+        UsageError: the layout cannot be meant.
+        StepFailed: accelerate reads something else than was written.
+    """
+    layout.check()
+    name, target = "trainings", Home(settings.home).spread_config
+    if (layout.processes, layout.machines) == (1, 1):
+        target.unlink(missing_ok=True)
+        return Check(name, Status.PASS, "one process on this machine")
+    wanted = _template("several-machines" if layout.machines > 1 else "several-gpus") | {
         "mixed_precision": settings.mixed_precision,
-        "num_machines": 1,
-        "num_processes": 1,
-        "rdzv_backend": "static",
-        "same_network": True,
-        "tpu_use_cluster": False,
-        "tpu_use_sudo": False,
-        # True would keep accelerate on the CPU without a word.
-        "use_cpu": False,
+        "num_processes": layout.processes * layout.machines,
+        "num_machines": layout.machines,
+        "machine_rank": layout.rank,
     }
+    if layout.machines > 1:
+        wanted |= {"main_process_ip": layout.address, "main_process_port": layout.port}
+    _write_checked(generation, target, wanted)
+    machines = (
+        f" on each of {layout.machines} machines, this being number {layout.rank}"
+        if layout.machines > 1
+        else ""
+    )
+    plural = "es" if layout.processes > 1 else ""
+    return Check(name, Status.PASS, f"{layout.processes} process{plural}{machines}: {target}")
+
+
+def _template(name: str) -> dict[str, object]:
+    path = CONFIG / "accelerate" / f"{name}.yaml"
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), dict[str, object])
+    except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
+        raise UsageError(f"{path}: {error}", f"`git checkout {path.name}` restores it") from error
 
 
 def check_precision(settings: Settings) -> None:
@@ -89,6 +149,11 @@ def write_own(settings: Settings, generation: Generation) -> Check:
     name, wanted, target = "accelerate configuration", fields(settings), generation.accelerate_config
     if is_current(target, wanted):
         return Check(name, Status.PASS, f"{target} is in place")
+    _write_checked(generation, target, wanted)
+    return Check(name, Status.PASS, f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}")
+
+
+def _write_checked(generation: Generation, target: Path, wanted: dict[str, object]) -> None:
     try:
         printed = launch.probe(generation, PROBES / "accelerate_config.py", str(target), json.dumps(wanted))
     except launch.ProbeFailed as error:
@@ -103,7 +168,6 @@ def write_own(settings: Settings, generation: Generation) -> Check:
     ]
     if wrong:
         raise StepFailed(f"accelerate reads {target} differently than it was written: {'; '.join(wrong)}")
-    return Check(name, Status.PASS, f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}")
 
 
 def is_current(path: Path, wanted: dict[str, object]) -> bool:
@@ -182,4 +246,5 @@ def write_default(generation: Generation, *, replace: bool = False) -> Check:
 
 def _unlike(found: object, wanted: object) -> bool:
     # accelerate turns some of its fields into enumerations of its own.
-    return str(found).upper().rpartition(".")[2] != str(wanted).upper()
+    told = str(found).upper()
+    return str(wanted).upper() not in (told, told.rpartition(".")[2])

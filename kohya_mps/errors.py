@@ -42,3 +42,9 @@ class Busy(KohyaError):
     """Another run holds this installation (exit code 3)."""
 
     exit_code = BUSY
+
+
+class Stopped(KohyaError):
+    """The person ended it, and what was done so far is kept (exit code 130)."""
+
+    exit_code = INTERRUPTED

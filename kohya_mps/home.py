@@ -47,6 +47,11 @@ class Home(msgspec.Struct, frozen=True):
         return self.state / "verification"
 
     @property
+    def spread_config(self) -> Path:
+        """The accelerate configuration of trainings with more than one process; absent with one."""
+        return self.state / "several.yaml"
+
+    @property
     def moving(self) -> Path:
         """The record of a checkout on its way: while it is there, a run was killed in between."""
         return self.state / "moving-kohya_ss.json"

@@ -15,6 +15,7 @@ import msgspec
 
 from . import checkout, configure, environment, generations, receipt, smoke, train_step
 from .checkout import Commits
+from .configure import Layout
 from .environment import Plan
 from .errors import KohyaError, StepFailed, UsageError
 from .generations import Generation
@@ -163,12 +164,20 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
     return Report(f"Verification of {home.root}", (*smoked.checks, *trained.checks), extra)
 
 
-def reconfigure(settings: Settings, replace_default: bool) -> Report:
-    """``invoke configure``: write the configuration anew; verdicts on another one no longer hold."""
+def reconfigure(settings: Settings, replace_default: bool, layout: Layout | None = None) -> Report:
+    """``invoke configure``: write the configuration anew; verdicts on another one no longer hold.
+
+    Args:
+        settings: the mixed precision.
+        replace_default: back up somebody else's default configuration and replace it.
+        layout: how trainings are spread; as it was when not given.
+    """
     home = Home(settings.home)
     generation = installed(home)
     with held(home):
         report = configure.configure(settings, generation, replace_default=replace_default)
+        if layout:
+            report = report.plus([configure.spread(settings, generation, layout)])
         known = receipt.read(generation)
         if known and (changed := _reconfigured(settings, generation, known)) != known:
             receipt.save(generation, changed)
@@ -378,6 +387,6 @@ def _next(
         f"checkout       {home.root}",
         f"environment    {home.venv}",
         f"configuration  {config}",
-        "next           invoke train FILE.toml    (your own settings)",
+        "next           invoke new NAME --images DIR, then invoke train NAME",
         "               invoke status             (is everything still as it was installed?)",
     )

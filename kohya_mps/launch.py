@@ -9,19 +9,21 @@ from .generations import Generation
 from .process import capture, scrubbed
 
 
-def argv(generation: Generation, script: Path | str, *arguments: str) -> list[str]:
+def argv(
+    generation: Generation, script: Path | str, *arguments: str, config: Path | None = None
+) -> list[str]:
     """``accelerate launch`` of a script, with this project's configuration named.
 
     A plain ``python script`` ignores the configuration and would see MPS where the trainer
     does not. The module is named instead of ``bin/accelerate``, whose first line cannot
     hold every path that a home may have; ``-P`` keeps the working directory's modules out.
     """
-    return [*launcher(generation), str(script), *arguments]
+    return [*launcher(generation, config), str(script), *arguments]
 
 
-def launcher(generation: Generation) -> list[str]:
+def launcher(generation: Generation, config: Path | None = None) -> list[str]:
     """``accelerate launch`` with our configuration, up to its own options and the script."""
-    return [*accelerate(generation), "launch", "--config_file", str(generation.accelerate_config)]
+    return [*accelerate(generation), "launch", "--config_file", str(config or generation.accelerate_config)]
 
 
 def accelerate(generation: Generation) -> list[str]:

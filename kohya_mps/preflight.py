@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from packaging.version import Version
 
-from . import base_model, constraints, correct, failures, pictures
+from . import base_model, constraints, correct, failures, pictures, training_file
 from .base_model import Form, Model
 from .errors import UsageError
 from .estimate import Estimate, estimate, models
@@ -146,9 +146,10 @@ def check(settings: Settings, asked: Question) -> Report:
     if not file.trainer:
         file = msgspec.structs.replace(file, trainer=asked.trainer)
     situation = situation_of(settings, device)
-    looked = look(file, device, asked.base or Path.cwd())
+    start = asked.base or training_file.base(file)
+    looked = look(file, device, start)
     memory = asked.memory_gb or (memory_gb() if device == expected_device() else None)
-    found = findings(looked, situation, asked.base or Path.cwd(), memory)
+    found = findings(looked, situation, start, memory)
     checks = [_read_row(looked, situation), *(finding.check() for finding in found)]
     checks += _passes(looked, {check.name for check in checks}, memory)
     fixed: list[correct.Change] = []

@@ -207,6 +207,29 @@ def stream(
     )
 
 
+def start(
+    argv: Sequence[str | os.PathLike[str]], *, cwd: Path, env: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """Start a command that may outlive this process; what it prints is appended to ``log``.
+
+    It gets a session of its own: neither the terminal's Ctrl-C nor its end reach it.
+    """
+    command = [os.fspath(part) for part in argv]
+    with log.open("ab") as output:
+        try:
+            return subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise StepFailed(f"{error.filename or command[0]}: not found") from error
+
+
 def uv() -> str:
     """The uv that came with the project's own tools."""
     from uv import find_uv_bin

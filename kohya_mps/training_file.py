@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -97,6 +98,25 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         raise UsageError(f"{path} is not text: it holds zero bytes", _ACCEPTED)
     return text
+
+
+# Settings that name a file or a folder.
+_PATHS = (
+    "pretrained_model_name_or_path", "tokenizer_cache_dir", "vae", "train_data_dir", "reg_data_dir",
+    "dataset_config", "in_json", "network_weights", "sample_prompts",
+)  # fmt: skip
+
+
+def base(file: TrainingFile) -> Path:
+    """Where the settings' paths begin: beside the file, or where the user stands if only there is what they name."""
+    beside, here = Path(os.path.abspath(file.path)).parent, Path.cwd()
+    told = (file.settings.get(name) for name in _PATHS)
+    missing = [
+        path
+        for value in told
+        if isinstance(value, str) and not (beside / (path := Path(value).expanduser())).exists()
+    ]
+    return here if any((here / path).exists() for path in missing) else beside
 
 
 _ACCEPTED = (

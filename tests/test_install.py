@@ -5,21 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 import yaml
-from conftest import Small, Upstream, git, make_upstream
+from conftest import Small, Upstream
 from standin import make_lock
 
-from kohya_mps import checkout, configure, environment, generations, inventory, receipt
+from kohya_mps import checkout, configure, environment, generations, inventory, receipt, train
 from kohya_mps.errors import Busy, StepFailed, UsageError
 from kohya_mps.home import Home, held
 from kohya_mps.install import Wanted, installed, reconfigure, setup, verify
 from kohya_mps.report import Report, Status
 from kohya_mps.settings import Settings
-from kohya_mps.train import train
 
 UNVERIFIED = Wanted(smoke=False, train_step=False)
 
@@ -215,11 +215,12 @@ def test_a_failed_verification_is_recorded_and_run_again(settings: Settings) -> 
 def test_nothing_is_verified_trained_or_configured_without_an_installation(
     settings: Settings, tmp_path: Path
 ) -> None:
-    for step in (
+    steps: tuple[Callable[[], object], ...] = (
         lambda: verify(settings),
         lambda: reconfigure(settings, replace_default=False),
-        lambda: train(settings, tmp_path / "x.toml"),
-    ):
+        lambda: train.train(settings, tmp_path / "x.toml", train.Wanted()),
+    )
+    for step in steps:
         with pytest.raises(UsageError, match="no environment"):
             step()
 
@@ -246,47 +247,6 @@ def test_the_environment_alone_is_renewed_with_its_configuration(settings: Setti
     assert second != first
     assert second.accelerate_config.read_bytes() == first.accelerate_config.read_bytes()
     assert "in place" in environment.renew(settings).checks[0].detail
-
-
-@pytest.mark.parametrize(("code", "ends_with"), [("sys.exit(0)", 0), ("sys.exit(3)", 3)])
-def test_training_starts_the_trainer_with_the_users_file_and_returns_its_exit_code(
-    code: str, ends_with: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = make_upstream(tmp_path / "own")
-    said = tmp_path / "said"
-    (there.sd_scripts / "train_network.py").write_text(
-        f"import os, sys\nopen({str(said)!r}, 'w').write(repr((sys.argv[1:], os.getcwd())))\n{code}\n"
-    )
-    git(there.sd_scripts, "commit", "--quiet", "-am", "trainer")
-    gitlink = git(there.sd_scripts, "rev-parse", "HEAD")
-    git(there.kohya_ss, "update-index", "--cacheinfo", f"160000,{gitlink},sd-scripts")
-    git(there.kohya_ss, "commit", "--quiet", "-m", "trainer")
-    own = msgspec.structs.replace(
-        settings, url=str(there.kohya_ss), commit=git(there.kohya_ss, "rev-parse", "HEAD")
-    )
-    setup(own, UNVERIFIED)
-    file = tmp_path / "my settings.toml"
-    file.write_text("")
-    monkeypatch.chdir(tmp_path)
-    assert train(own, file, check=False) == ends_with
-    assert said.read_text() == repr((["--config_file", str(file)], str(tmp_path)))
-    with pytest.raises(UsageError, match="no such file"):
-        train(own, tmp_path / "none.toml")
-
-
-def test_training_without_a_checkout_or_with_a_killed_trainer_is_told(
-    settings: Settings, tmp_path: Path
-) -> None:
-    setup(msgspec.structs.replace(settings, url="/nowhere"), UNVERIFIED)
-    file = tmp_path / "x.toml"
-    file.write_text("")
-    with pytest.raises(UsageError, match="no checkout"):
-        train(settings, file, check=False)
-    trainer = Home(settings.home).sd_scripts / "train_network.py"
-    trainer.parent.mkdir(exist_ok=True)
-    trainer.write_text("import os; os.kill(os.getpid(), 9)\n")
-    with pytest.raises(StepFailed, match="signal 9"):
-        train(settings, file, check=False)
 
 
 def test_set_up_killed_at_any_time_leaves_the_old_environment_and_the_next_run_ends_good(

@@ -8,6 +8,9 @@ machine makes the same files each time:
     OUT/model/       diffusers layout; the full sd15 has Stable Diffusion 1.5's own shapes
     OUT/tokenizers/  byte-level CLIP tokenizers, named as sd-scripts' tokenizer cache names them
     OUT/images/      2_shapes/ with four 64 x 64 pictures and their captions
+
+A small model's folder holds the file ``made-small``: kohya_mps/train.py sees by it that the
+trainer has to be told the shrunk sizes (small_trainer.py).
 """
 
 import json
@@ -145,6 +148,8 @@ def main() -> None:
         make_tokenizer(out / "tokenizers" / TOKENIZERS[1])
     pipeline = make_small_sdxl(tokenizer) if family == "sdxl" else make_sd15(tokenizer, size == "full")
     pipeline.save_pretrained(out / "model")
+    if size == "small":
+        (out / "model" / "made-small").touch()
     make_images(out / "images" / "2_shapes")
     print(sum(parameter.numel() for parameter in pipeline.unet.parameters()))
 

@@ -1,0 +1,102 @@
+"""The progress view: read from the files of a run, on a terminal and without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from training_runs import made, step_line
+
+from kohya_mps import progress
+from kohya_mps.progress import Tail, View
+from kohya_mps.runs import Begun, Run, Step
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = made(tmp_path)
+    run.begun_file.write_text('{"total": 40, "device": "cpu", "processes": 1, "pid": 1}')
+    return run
+
+
+def steps(run: Run, *lines: str) -> list[Step]:
+    run.steps_file.write_text("".join(lines))
+    return run.steps()
+
+
+def test_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    tail = Tail(path)
+    assert tail.lines() == []
+
+    path.write_bytes(b"one\ntw")
+    assert tail.lines() == [b"one"]
+    with path.open("ab") as file:
+        file.write(b"o\nthree\n")
+    assert tail.lines() == [b"two", b"three"]
+
+
+def test_the_pace_forgets_a_pause_between_two_parts_of_a_run(run: Run) -> None:
+    lines = [step_line(n) for n in range(1, 10)] + [step_line(n, seconds=300) for n in range(10, 11)]
+
+    assert progress.pace(steps(run, *lines)) == pytest.approx(0.5)
+
+
+def test_the_time_left_follows_from_the_pace(run: Run) -> None:
+    made_steps = steps(run, *[step_line(n) for n in range(1, 21)])
+    view = View(run, Begun(40, "cpu", 1, 1), made_steps)
+
+    assert view.left() == pytest.approx(10.0)
+
+
+def test_the_curve_falls_when_the_loss_falls(run: Run) -> None:
+    curve = View(run, None, steps(run, *[step_line(n) for n in range(1, 100)])).loss_curve()
+
+    assert curve[0] == "█"
+    assert curve[-1] == "▁"
+
+
+def test_without_a_terminal_there_are_plain_lines_and_the_last_step_is_told(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps(run, *[step_line(n) for n in range(1, 41)])
+    looks = iter([True, True, False])
+
+    progress.follow(run, lambda: next(looks))
+
+    err = capsys.readouterr().err
+    assert "training 40 steps on cpu" in err
+    assert "step 40/40, epoch 5, loss 0.0250" in err
+    assert "2.00 GB" in err
+    assert "\x1b" not in err
+
+
+def test_the_live_view_shows_where_the_training_is(run: Run) -> None:
+    view = View(run, run.begun(), steps(run, *[step_line(n) for n in range(1, 11)]))
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+
+    console.print(progress.panel(view))
+
+    text = console.export_text()
+    assert "10 of 40   epoch 2   on cpu" in text
+    assert "loss" in text
+    assert "0:00:15 left" in text
+    console.file.close()
+
+
+def test_before_the_first_step_the_trainers_last_words_are_shown(run: Run) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+
+    console.print(progress.panel(View(run, said="caching latents.")))
+
+    assert "caching latents." in console.export_text()
+    console.file.close()
+
+
+def test_the_whole_log_is_passed_on_without_redraws(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.log.write_bytes(b"loading\nsteps: 1%\rsteps: 2%\rsteps: 3%\nsaved\n")
+
+    progress.follow(run, lambda: False, whole_log=True)
+
+    assert capsys.readouterr().out == "loading\nsteps: 3%\nsaved\n"
