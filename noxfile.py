@@ -125,6 +125,31 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def rehearse(session: nox.Session) -> None:
+    """Rehearse a training on a simulated MPS device, on any machine [-- --help]."""
+    from kohya_mps.rehearsal import runner
+
+    wanted = runner.parse(session.posargs)
+    front.run(lambda: runner.rehearse(wanted), json=wanted.json)
+
+
+@nox.session(venv_backend="none", default=False)
+def rehearse_matrix(session: nox.Session) -> None:
+    """Rehearse all networks, optimizers and options, and write docs/mps-support.md [-- --help]."""
+    from kohya_mps.rehearsal import matrix
+
+    wanted = matrix.parse(session.posargs)
+    front.run(lambda: matrix.rehearse(wanted))
+
+
+@nox.session(default=False)
+def rehearse_data(session: nox.Session) -> None:
+    """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ...]."""
+    session.install(*DEV)
+    session.run("python", "-m", "kohya_mps.rehearsal.wheel", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
 def chaos(session: nox.Session) -> None:
     """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
     from kohya_mps import chaos

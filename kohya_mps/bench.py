@@ -19,14 +19,14 @@ import msgspec
 
 from . import constraints, environment, front, gui, launch, runs, train, train_step
 from .errors import StepFailed
-from .home import Home
+from .home import Home, held
 from .install import installed
 from .isolated import PLACE
 from .process import RUN_MARK, Finished, end_leftovers, scrubbed, stream, uv
 from .report import Check, Report, say
 from .settings import PROBES, ROOT, Settings, load
 
-PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "training", "gui")
+PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "training", "rehearse", "gui")
 
 
 # On the disk that the environments are on: links from uv's cache do not cross file systems.
@@ -77,6 +77,7 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "list": _list,
         "generation": _generation,
         "training": _training,
+        "rehearse": _rehearse,
         "gui": _gui,
     }
     rows: list[Row] = []
@@ -292,6 +293,27 @@ sdpa = true
 cache_latents = true
 max_data_loader_n_workers = 0
 """
+
+
+def _rehearse(settings: Settings, _scratch: Path, times: int) -> list[Row]:
+    from .rehearsal import runner
+    from .rehearsal.record import Record
+
+    def seconds(record: Record) -> float:
+        if record.error:
+            raise StepFailed(f"the training on {record.device} failed: {record.error}")
+        return record.seconds
+
+    training = runner.Training("lora with AdamW", "", ("lora", "AdamW", "20"))
+    rounds: list[tuple[float, float]] = []
+    with held(Home(PLACE)):
+        stage = runner.prepare(settings, builtin=True)
+        for _ in range(min(times, 3)):
+            pair = runner.requests(stage, training, stage.work / "bench", fallback=False)
+            runner.run(stage, pair, jobs=1)
+            rounds.append((seconds(runner.result(pair[0])), seconds(runner.result(pair[1]))))
+    measured = tuple(statistics.median(column) for column in zip(*rounds, strict=True))
+    return [Row("training on the simulated device", "the same on the CPU", measured, "s", 2.5)]
 
 
 def _gui(settings: Settings, scratch: Path, times: int) -> list[Row]:

@@ -264,11 +264,7 @@ class _Tree:
         self._note(_Stage.SWITCH, here, commit)
         switched = self._run("checkout", "--quiet", "--detach", *([] if here else ["--force"]), commit)
         if switched.returncode:
-            if "No space left" in switched.stderr:
-                raise StepFailed(
-                    f"the disk is full: {switched.stderr.strip()}",
-                    "free some space, then run the same command again",
-                )
+            _check_room(switched.stderr)
             self._check_whole()
             if here and not self._local_changes():
                 self.record.unlink()  # git saw the obstacle before it changed anything
@@ -333,6 +329,7 @@ class _Tree:
             return
         if one.stalled:
             raise self._unreachable(url, one)
+        _check_room(one.tail)
         self._check_whole()
         say("  that commit alone was not given: trying all branches and tags")
         shallow = ["--unshallow"] if (self._git_dir() / "shallow").exists() else []
@@ -368,6 +365,7 @@ class _Tree:
         )
 
     def _unreachable(self, url: str, finished: Finished) -> StepFailed:
+        _check_room(finished.tail)
         reason = (
             f"it sent nothing for {self.stall_seconds:g} seconds" if finished.stalled else finished.last_line
         )
@@ -437,6 +435,7 @@ class _Tree:
     def _git(self, *arguments: str) -> str:
         done = self._run(*arguments)
         if done.returncode:
+            _check_room(done.stderr)
             self._check_whole()
             raise StepFailed(f"git {arguments[0]} failed in {self.path}: {done.stderr.strip()}")
         return done.stdout
@@ -469,6 +468,13 @@ def _read_head(git: Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
+
+
+def _check_room(said: str) -> None:
+    """Raise StepFailed when git says, in one of its ways, that the disk is full."""
+    if "No space left" in said or "Out of diskspace" in said:
+        last = said.strip().splitlines()[-1]
+        raise StepFailed(f"the disk is full: {last}", "free some space, then run the same command again")
 
 
 def _command(path: Path) -> list[str]:

@@ -151,7 +151,7 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
         full: train a model of Stable Diffusion 1.5's full size.
     """
     home = Home(settings.home)
-    generation = installed(home)
+    generation = installed(home, settings.profile_name)
     with held(home):
         smoked = smoke.run(settings, generation)
         commits = checkout.present(home)
@@ -173,7 +173,7 @@ def reconfigure(settings: Settings, replace_default: bool, layout: Layout | None
         layout: how trainings are spread; as it was when not given.
     """
     home = Home(settings.home)
-    generation = installed(home)
+    generation = installed(home, settings.profile_name)
     with held(home):
         report = configure.configure(settings, generation, replace_default=replace_default)
         if layout:
@@ -197,16 +197,27 @@ def _reconfigured(settings: Settings, generation: Generation, known: Receipt) ->
     )
 
 
-def installed(home: Home) -> Generation:
+def installed(home: Home, profile: str = "") -> Generation:
     """The active generation.
 
+    Args:
+        home: where it is installed.
+        profile: what it has to be of, where that profile's rules or lock are applied to it.
+
     Raises:
-        UsageError: nothing is installed in this home, or others can write to it.
+        UsageError: nothing is installed in this home, it is of another profile, or others
+            can write to it.
     """
     check_place(home)
     generation = generations.active(home)
-    if generation is None:
+    manifest = generation.manifest() if generation else None
+    if generation is None or manifest is None:
         raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
+    if profile and manifest.profile != profile:
+        raise UsageError(
+            f"the active environment is of the profile {manifest.profile}, and {profile} is asked for",
+            f"KOHYA_PROFILE={manifest.profile} asks for the one that is there; `invoke setup` installs {profile}",
+        )
     return generation
 
 

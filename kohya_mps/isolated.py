@@ -23,7 +23,7 @@ def smoke_check(settings: Settings) -> Report:
     """Build the environment in isolation, from the same lock, and run the smoke check in it."""
     apart = msgspec.structs.replace(settings, home=PLACE)
     with held(Home(PLACE)):
-        return smoke.run(apart, _ready(apart))
+        return smoke.run(apart, ready(apart))
 
 
 def training_step(settings: Settings, options: train_step.Options) -> Report:
@@ -36,8 +36,8 @@ def training_step(settings: Settings, options: train_step.Options) -> Report:
     options.check()
     apart, home = msgspec.structs.replace(settings, home=PLACE), Home(PLACE)
     with held(home):
-        tree = None if options.builtin else _checkout(settings, apart)
-        return train_step.run(apart, _ready(apart), tree, home.verification, options)
+        tree = None if options.builtin else kohya_checkout(settings, apart)
+        return train_step.run(apart, ready(apart), tree, home.verification, options)
 
 
 def parse(arguments: Sequence[str]) -> tuple[train_step.Options, bool]:
@@ -54,7 +54,8 @@ def parse(arguments: Sequence[str]) -> tuple[train_step.Options, bool]:
     return train_step.Options(given.network, given.optimizer, given.full, given.builtin), given.json
 
 
-def _ready(settings: Settings) -> Generation:
+def ready(settings: Settings) -> Generation:
+    """The environment of the throw-away installation, built where it is not there yet."""
     configure.check_precision(settings)
     generation = environment.build(settings)
     generations.activate(Home(settings.home), generation)
@@ -63,7 +64,7 @@ def _ready(settings: Settings) -> Generation:
     return generation
 
 
-def _checkout(settings: Settings, apart: Settings) -> Path:
+def kohya_checkout(settings: Settings, apart: Settings) -> Path:
     """The installed checkout; where there is none, one of our own."""
     installed = Home(settings.home)
     if (commits := checkout.present(installed)) is not None:

@@ -87,7 +87,7 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
         Stopped: the person ended it.
     """
     home = Home(settings.home)
-    generation = installed(home)
+    generation = installed(home, settings.profile_name)
     if wanted.resume:
         run = runs.find(place)
         child = resume(settings, generation, run, runs.resumable(run))

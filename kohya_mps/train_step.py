@@ -165,7 +165,13 @@ def trainer_command(
     trainer = [str(place / "train_network.py")]
     if not options.full:
         trainer = [str(PROBES / "small_trainer.py"), *trainer]
-    arguments = [
+    arguments = trainer_arguments(settings.mixed_precision, model, output, options)
+    return launch.argv(generation, *trainer, *arguments), place
+
+
+def trainer_arguments(precision: str, model: Path, output: Path, options: Options) -> list[str]:
+    """What sd-scripts' trainer is told; of an option that is repeated it takes the last."""
+    return [
         *("--pretrained_model_name_or_path", str(model / "model")),
         *("--tokenizer_cache_dir", str(model / "tokenizers")),
         *("--train_data_dir", str(model / "images"), "--caption_extension", ".txt"),
@@ -175,12 +181,11 @@ def trainer_command(
         *("--optimizer_type", options.optimizer),
         *("--learning_rate", LEARNING_RATES.get(options.optimizer, "1e-4")),
         *("--train_batch_size", "1", "--max_train_steps", str(STEPS), "--seed", "42"),
-        *("--mixed_precision", settings.mixed_precision, "--save_precision", "float"),
+        *("--mixed_precision", precision, "--save_precision", "float"),
         *("--sdpa", "--max_data_loader_n_workers", "0"),
         *("--save_model_as", "safetensors", "--output_dir", str(output), "--output_name", "lora"),
         *("--logging_dir", str(output / "logs"), "--log_with", "tensorboard"),
     ]
-    return launch.argv(generation, *trainer, *arguments), place
 
 
 def builtin_command(generation: Generation, model: Path, output: Path, options: Options) -> list[str]:

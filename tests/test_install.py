@@ -291,3 +291,13 @@ def test_a_neighbours_environment_is_unchanged_by_set_up(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert setup(settings, UNVERIFIED).ok
     assert snapshot(neighbour) == before
+
+
+def test_an_environment_of_another_profile_is_not_taken_for_the_one_that_is_asked_for(
+    settings: Settings,
+) -> None:
+    setup(settings, UNVERIFIED)
+    home = Home(settings.home)
+    assert installed(home, settings.profile_name) == installed(home)
+    with pytest.raises(UsageError, match=f"of the profile {settings.profile_name}, and another is asked for"):
+        installed(home, "another")

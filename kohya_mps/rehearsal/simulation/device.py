@@ -1,0 +1,373 @@
+"""The simulated device: tensors that say ``mps:0``, hold a CPU tensor, and compute with it.
+
+A tensor carries the MPS dispatch key, and for exactly the overloads that a Mac's torch
+registers there are dummy kernels under that key. So torch's own dispatcher takes the routes
+it takes on a Mac: what has no kernel decomposes or is refused, autograd picks the formulas it
+picks there. Each overload that arrives is recorded, checked against what the real device
+refuses, and computed on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..operators import Operators, Served
+from ..record import Kind
+from . import refusals
+from .recorder import Recorder
+
+DEVICE = torch.device("mps:0")
+
+# The random generators of the device, by the address of the C++ object; kept, so that no
+# other object gets the address.
+GENERATORS: dict[int, Any] = {}
+
+# Composite operators that ask in C++ which device they are on and hand over to one of its
+# kernels; builds for Linux leave that branch out. The kernel that serves each on a Mac:
+# ATen/native/Convolution.cpp, Copy.cpp and TensorConversions.cpp of torch 2.5.1.
+BY_DEVICE = {
+    "convolution": "_mps_convolution",
+    "_convolution": "_mps_convolution",
+    "convolution_overrideable": "_mps_convolution",
+    "convolution_backward": "mps_convolution_backward",
+    "_to_copy": "_copy_from",
+    "clone": "_copy_from",
+    "copy_": "_copy_from",
+}
+
+# Composite operators that only allocate: inside there is an ``empty`` and at most a ``fill_``.
+_ALLOCATE = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full",
+    "new_empty_strided", "rand_like", "randn_like", "randint_like", "randint_like.low_dtype", "zeros", "ones",
+    "full", "rand", "randn", "randint", "randint.low", "scalar_tensor", "arange", "linspace", "eye",
+}  # fmt: skip
+
+# Composite operators whose insides the simulation cannot follow: they make a view of the
+# storage without asking the dispatcher, or change a tensor's shape in place.
+_CLOSED = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided_", "detach", "detach_", "is_pinned", "lift",
+    "lift_fresh", "resize_", "set_.source_Tensor", "unsafe_chunk", "unsafe_split.Tensor",
+    "unsafe_split_with_sizes",
+}  # fmt: skip
+
+# Arguments may be on different devices (ATen/native/Copy.cpp, TensorAdvancedIndexing.cpp).
+_ACROSS_DEVICES = {"copy_", "_to_copy", "set_.source_Tensor"}
+_INDEXING = {"index.Tensor", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index.Tensor"}
+
+# These answer with something that is not a tensor of the device.
+_ANSWERS = {"_local_scalar_dense", "is_same_size", "equal", "item", "is_nonzero"}
+
+
+class SimulatedTensor(torch.Tensor):
+    """A tensor on the simulated device; ``held`` is the CPU tensor with its values."""
+
+    held: torch.Tensor
+    simulator: Simulator
+
+    @staticmethod
+    def __new__(cls: type[SimulatedTensor], held: torch.Tensor) -> SimulatedTensor:
+        tensor: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=DEVICE,
+        )
+        tensor.held = held
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return cls.simulator.run(func, args, kwargs or {})
+
+    @property
+    def is_mps(self) -> bool:
+        return True
+
+    def __repr__(self, **_options: Any) -> str:
+        return f"simulated mps {self.held!r}"
+
+    # torch.nn.Module.to() then swaps a parameter's content and keeps the parameter, as it
+    # does on a Mac, where the two kinds of tensor are compatible.
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_rest: Any) -> SimulatedTensor:
+        return SimulatedTensor(inner["held"])
+
+    # Programs compare these to find out what shares memory.
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
+    def numpy(self, **_options: Any) -> Any:
+        raise TypeError(
+            "can't convert mps:0 device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
+        )
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    # What is saved are the values; where they go when loaded is the loader's to say.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.held.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SimulatedTensor:
+        copy: Any = SimulatedTensor(self.held.detach().clone()).requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+
+class _Everywhere(TorchDispatchMode):
+    """Lets the simulator see what is made on the device from nothing, such as ``torch.zeros``."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        super().__init__()
+        self.simulator = simulator
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.simulator.run(func, args, kwargs or {})
+
+
+class Simulator:
+    """Runs what arrives on the device.
+
+    Args:
+        operators: what a Mac's torch of this version registers.
+        recorder: where everything is written down.
+        fallback: whether ``PYTORCH_ENABLE_MPS_FALLBACK=1`` is assumed: operators without
+            kernel then run on the CPU instead of raising.
+    """
+
+    def __init__(self, operators: Operators, recorder: Recorder, *, fallback: bool) -> None:
+        self.operators = operators
+        self.recorder = recorder
+        self.fallback = fallback
+        self._mode = _Everywhere(self)
+        self.library = torch.library.Library("aten", "IMPL")
+        self._plans: dict[Any, _Plan] = {}
+        self._refusals = refusals.Refusals(operators.torch, operators.texts)
+        self._python = {name: _function(path) for name, path in operators.python.items()}
+
+    def install(self) -> None:
+        """Register the dummy kernels and see every operation from now on, in all threads."""
+        SimulatedTensor.simulator = self
+        for name in sorted(self.operators.registered):
+            self.library.impl(name, _never_reached, "MPS")
+        self._mode.__enter__()
+
+    @contextlib.contextmanager
+    def seeing_inside(self) -> Iterator[None]:
+        """While an operator is taken apart, its parts are seen as well."""
+        with self._mode:
+            yield
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation: the CPU's own when nothing of the device is in it."""
+        tensors = list(_tensors(args, kwargs))
+        simulated = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
+        target = kwargs.get("device")
+        arrives = target is not None and torch.device(target).type == "mps"
+        if not simulated and not arrives:
+            return func(*args, **kwargs)
+        plan = self._plans.get(func) or self._plan(func)
+        self.recorder.operator(plan.name, plan.served, plan.by)
+        self._check_devices(plan, tensors, kwargs, arrives)
+        if plan.served is Served.MISSING:
+            self._missing(func)
+        elif plan.served is Served.FALLBACK:
+            self.recorder.finding(Kind.FALLBACK, plan.name)
+        if plan.opened is not None and simulated:
+            with self.seeing_inside():
+                return plan.opened(*args, **kwargs)
+        if refusal := self._refusals.reason(plan.name, args, kwargs):
+            self._refuse(Kind.REFUSED, plan.name, refusal)
+        return self._compute(func, plan, args, kwargs, simulated, leaves=target is not None and not arrives)
+
+    def _compute(
+        self,
+        func: Any,
+        plan: _Plan,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        simulated: list[SimulatedTensor],
+        leaves: bool,
+    ) -> Any:
+        """On the held tensors; the outcome is on the device unless it ``leaves`` it."""
+        inner_kwargs = {key: _held(value) for key, value in kwargs.items()}
+        if inner_kwargs.get("device") is not None and not leaves:
+            inner_kwargs["device"] = torch.device("cpu")
+            inner_kwargs.pop("pin_memory", None)
+        outcome = plan.cpu(*(_held(value) for value in args), **inner_kwargs)
+        if leaves or plan.name in _ANSWERS:
+            return outcome
+        if isinstance(outcome, torch.Tensor):
+            return self._arrive(plan, outcome, simulated)
+        if isinstance(outcome, (list, tuple)):
+            return type(outcome)(
+                self._arrive(plan, part, simulated) if isinstance(part, torch.Tensor) else part
+                for part in outcome
+            )
+        return outcome
+
+    def _arrive(self, plan: _Plan, held: torch.Tensor, simulated: list[SimulatedTensor]) -> torch.Tensor:
+        for tensor in simulated:  # an operation in place gives back what it was given
+            if tensor.held is held:
+                if tensor.shape != held.shape or tensor.stride() != held.stride():
+                    _reshape(tensor, plan.name)
+                return tensor
+        if error := self._refusals.dtype(held.dtype):
+            kind = Kind.FLOAT64 if held.dtype == torch.float64 else Kind.REFUSED
+            self._refuse(kind, f"{plan.name} to {held.dtype}", error)
+        return SimulatedTensor(held)
+
+    def _check_devices(
+        self, plan: _Plan, tensors: list[torch.Tensor], kwargs: dict[str, Any], arrives: bool
+    ) -> None:
+        error: Exception | None = None
+        generator = kwargs.get("generator")
+        if arrives and generator is not None and generator._cdata not in GENERATORS:
+            error = RuntimeError("Expected a 'mps' device type for generator but found 'cpu'")
+        elif plan.name not in _ACROSS_DEVICES and not arrives:
+            error = refusals.devices(tensors, indexing=plan.name in _INDEXING)
+        if error is not None:
+            self._refuse(Kind.MIXED, plan.name, error)
+
+    def _missing(self, func: Any) -> None:
+        if self.fallback:
+            self.recorder.finding(Kind.MISSING, func.name())
+            return
+        error = NotImplementedError(
+            f"The operator '{func.name()}' is not currently implemented for the MPS device."
+        )
+        self._refuse(Kind.MISSING, func.name(), error)
+
+    def _refuse(self, kind: Kind, what: str, error: Exception) -> NoReturn:
+        self.recorder.finding(kind, what, f"{type(error).__name__}: {error}")
+        raise error
+
+    def _plan(self, func: Any) -> _Plan:
+        plan = self._plans[func] = _Plan(func, self.operators, self._python)
+        return plan
+
+
+class _Plan:
+    """What is done with an overload; worked out when it arrives for the first time."""
+
+    def __init__(self, func: Any, operators: Operators, python: dict[str, Callable[..., Any]]) -> None:
+        namespace, _, name = func.name().partition("::")
+        self.name = name if namespace == "aten" else func.name()
+        implicit = _has(func, "CompositeImplicitAutograd")
+        explicit = _explicit_key(func)
+        self.served = operators.served(self.name, implicit or explicit is not None)
+        self.by = _kernel_behind(self.name, operators) if self.served is Served.COMPOSITE else ""
+        # Without a decomposition the CPU's kernel is called; linear_backward has none there.
+        self.cpu: Callable[..., Any] = _linear_backward if self.name == "linear_backward" else func
+        self.opened: Callable[..., Any] | None = None
+        if self.served is Served.PYTHON:
+            self.opened = python[self.name]
+        elif self.served is Served.COMPOSITE and implicit:
+            self.opened = func.decompose
+        elif (
+            self.served is Served.COMPOSITE
+            and not self.by
+            and self.name not in _ALLOCATE | _CLOSED
+            and not func.is_view
+        ):
+            self.opened = lambda *args, **kwargs: func._op_dk(explicit, *args, **kwargs)
+
+
+def _kernel_behind(name: str, operators: Operators) -> str:
+    """The MPS kernel that a composite operator hands over to where the dispatcher cannot be watched.
+
+    Besides those that choose by device: what makes an empty result and calls its ``.out``
+    variant, which would then have to change that result's shape.
+    """
+    out = f"{name}.out"
+    return BY_DEVICE.get(name, out if out in operators.kernels else "")
+
+
+def _reshape(tensor: SimulatedTensor, name: str) -> None:
+    """Give a tensor the shape that an operation in place gave to what it holds."""
+    held = tensor.held
+    try:
+        as_strided_ = torch.ops.aten.as_strided_.default
+        as_strided_._op_dk(
+            _explicit_key(as_strided_), tensor, held.size(), held.stride(), held.storage_offset()
+        )
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"the rehearsal cannot follow how {name} changes a shape in place"
+        ) from error
+
+
+def _explicit_key(func: Any) -> Any:
+    """The dispatch key under which an overload has a kernel for every backend; nothing without one."""
+    for key in ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"):
+        if _has(func, key):
+            return getattr(torch._C.DispatchKey, key)
+    return None
+
+
+def _has(func: Any, key: str) -> bool:
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), getattr(torch._C.DispatchKey, key))
+    )
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (part for part in value if isinstance(part, torch.Tensor))
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, SimulatedTensor):
+        return value.held
+    if isinstance(value, (list, tuple)):
+        return type(value)(_held(part) for part in value)
+    return value
+
+
+def _never_reached(*_args: Any, **_kwargs: Any) -> Any:
+    raise AssertionError("a dummy MPS kernel was reached: the simulation let a tensor through")
+
+
+def _linear_backward(
+    given: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What ``mps_linear_backward`` computes (native_functions.yaml has no CPU kernel for it)."""
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    return (
+        gradient @ weight if wanted[0] else None,
+        rows.t() @ given.reshape(-1, given.shape[-1]) if wanted[1] else None,
+        rows.sum(0) if wanted[2] else None,
+    )

@@ -1,0 +1,33 @@
+"""Turn this process into one that has an MPS device; there is no way back."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import operators
+from . import attention, guard, stand_ins
+from .device import Simulator
+from .recorder import Recorder
+
+# What a small Mac answers: macOS 15.1 and the share of 16 GB that Metal recommends.
+MACOS = (15, 1)
+MEMORY = 11 << 30
+
+
+def simulate(recorder: Recorder, *, fallback: bool = False) -> Simulator:
+    """Simulate an MPS device from now on.
+
+    Args:
+        recorder: what reaches the device is written down there.
+        fallback: behave as with ``PYTORCH_ENABLE_MPS_FALLBACK=1``.
+
+    Raises:
+        LookupError: there is no operator data for this torch.
+        GuardUnavailable: this torch is laid out differently than those that are known.
+    """
+    simulator = Simulator(operators.load(torch.__version__), recorder, fallback=fallback)
+    guard.install()
+    stand_ins.install(recorder, macos=MACOS, memory=MEMORY)
+    attention.install(simulator, simulator.library)
+    simulator.install()
+    return simulator
