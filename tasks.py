@@ -26,6 +26,8 @@ PRECISION = "no, fp16 or bf16, as far as the device and the profile allow"
         "stash": "put local changes of the checkout away with git stash",
         "replace_default": "back up and replace somebody else's accelerate default configuration",
         "replace_venv": "move an environment that this project did not build aside",
+        "gui": "install kohya's web page, too; it stays installed until --no-gui",
+        "no_gui": "build the environment without the web page again",
     }
 )
 def setup(
@@ -36,12 +38,18 @@ def setup(
     stash: bool = False,
     replace_default: bool = False,
     replace_venv: bool = False,
+    gui: bool = False,
+    no_gui: bool = False,
 ) -> None:
     """Set up everything: checkout, environment, configuration, and a verified training step."""
     from kohya_mps import front, install, settings
 
     wanted = install.Wanted(verify, verify and train_step, stash, replace_default, replace_venv)
-    front.run(lambda: install.setup(settings.load(), wanted), json=json, dry=c.config.run.dry)
+    front.run(
+        lambda: install.setup(settings.load(), wanted.with_page(gui, no_gui)),
+        json=json,
+        dry=c.config.run.dry,
+    )
 
 
 @task(
@@ -253,6 +261,25 @@ def explain(c: Context, log: str | None = None if _has_words("explain") else "-"
     from kohya_mps import explain, front
 
     front.run(lambda: explain.explain(log or "-"), json=json, dry=c.config.run.dry)
+
+
+@task(
+    help={
+        "port": "where it listens; 7860 (config/gui.yaml) when not given",
+        "open": "open it in the browser",
+        "profile": "take the environment of this profile, not the active one",
+        "listen": "another address than 127.0.0.1; everybody who reaches it can use the page",
+        "config": "a config.toml of yours to open the forms with",
+    }
+)
+def gui(
+    c: Context, port: str = "", open: bool = False, profile: str = "", listen: str = "", config: str = ""
+) -> None:
+    """Open kohya's own web page, with settings that train here."""
+    from kohya_mps import front, gui, settings
+
+    wanted = gui.Wanted(port, listen or gui.LOOPBACK, open, profile, config)
+    front.run(lambda: gui.serve(settings.load(), wanted), dry=c.config.run.dry)
 
 
 @task(help={"json": JSON})

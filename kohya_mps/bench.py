@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from . import constraints, environment, front, launch, runs, train, train_step
+from . import constraints, environment, front, gui, launch, runs, train, train_step
 from .errors import StepFailed
 from .home import Home, held
 from .install import installed
 from .isolated import PLACE
-from .process import Finished, scrubbed, stream, uv
+from .process import RUN_MARK, Finished, end_leftovers, scrubbed, stream, uv
 from .report import Check, Report, say
 from .settings import PROBES, ROOT, Settings, load
 
-PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "training", "rehearse")
+PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "training", "rehearse", "gui")
 
 
 # On the disk that the environments are on: links from uv's cache do not cross file systems.
@@ -74,6 +78,7 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
         "generation": _generation,
         "training": _training,
         "rehearse": _rehearse,
+        "gui": _gui,
     }
     rows: list[Row] = []
     _SCRATCH.mkdir(exist_ok=True)
@@ -309,6 +314,56 @@ def _rehearse(settings: Settings, _scratch: Path, times: int) -> list[Row]:
             rounds.append((seconds(runner.result(pair[0])), seconds(runner.result(pair[1]))))
     measured = tuple(statistics.median(column) for column in zip(*rounds, strict=True))
     return [Row("training on the simulated device", "the same on the CPU", measured, "s", 2.5)]
+
+
+def _gui(settings: Settings, scratch: Path, times: int) -> list[Row]:
+    """Until the page answers; ``settings`` name a home with the page in it."""
+    home = Home(settings.home)
+    generation = installed(home)
+    address = gui.Address(gui.LOOPBACK, _free_port())
+    where = ["--listen", address.host, "--server_port", str(address.port), "--headless", "--noverify"]
+
+    def timed(command: Sequence[str], environ: Mapping[str, str], answered: Callable[[], bool]) -> float:
+        mark, ended, took = uuid.uuid4().hex, threading.Event(), list[float]()
+        said.clear()
+        started = time.monotonic()
+
+        def watch() -> None:
+            while not answered():
+                if ended.wait(0.05):
+                    return
+            took.append(time.monotonic() - started)
+            end_leftovers(mark)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        done = stream(command, cwd=home.root, env={**environ, RUN_MARK: mark}, on_output=said.append)
+        ended.set()
+        watcher.join()
+        if not took:
+            raise StepFailed(f"{' '.join(command[:3])} … ended with {done.returncode}: {done.last_line}")
+        return took[0]
+
+    said: list[bytes] = []
+
+    def ours() -> float:
+        # It asks the page itself; asking besides would have the page answer twice.
+        command = [_tool("invoke"), "--search-root", str(ROOT), "gui", "--port", str(address.port)]
+        printed = f"  {address.url}\n".encode()
+        environ = _own_environment(KOHYA_HOME=str(home.root))
+        return timed(command, environ, lambda: printed in b"".join(said))
+
+    def bare() -> float:
+        variables = launch.environ(generation) | {"GRADIO_ANALYTICS_ENABLED": "False"}
+        return timed([str(generation.python), "kohya_gui.py", *where], variables, address.answers)
+
+    against = "python kohya_gui.py of the same environment"
+    return [Row("invoke gui until it answers", against, _alternating(min(times, 3), ours, bare), "s", 1.1)]
+
+
+def _free_port() -> int:
+    with socket.create_server((gui.LOOPBACK, 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def _disk(*trees: Path) -> int:

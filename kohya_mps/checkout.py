@@ -22,7 +22,7 @@ from .errors import KohyaError, StepFailed, UsageError
 from .home import STATE, Home, check_place, held, write
 from .process import Finished, capture, scrubbed, stream
 from .report import Check, Report, Status, say
-from .settings import Settings, without_secret
+from .settings import GUI_PRESETS, Settings, without_secret
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
@@ -107,7 +107,7 @@ def belongings(home: Home) -> list[str]:
             continue
         flags = ("--ignored", "--untracked-files=all")
         entries = _status(tree, *flags)
-        found += [prefix + entry for entry in entries if not _derived(entry)]
+        found += [prefix + entry for entry in entries if not (_derived(entry) or _our_preset(tree / entry))]
         found += [f"{prefix}stash: {line}" for line in _git(tree, "stash", "list").splitlines()]
         branches = _git(tree, "for-each-ref", "--format=%(refname:short)", "refs/heads").splitlines()
         found += [f"{prefix}branch: {name}" for name in branches]
@@ -117,9 +117,15 @@ def belongings(home: Home) -> list[str]:
 def _derived(entry: str) -> bool:
     return (
         "__pycache__/" in entry
-        or entry.rstrip("/") in ("venv", STATE, SUBMODULE)
+        # setup.log is what kohya's page says of its starts.
+        or entry.rstrip("/") in ("venv", STATE, SUBMODULE, "setup.log")
         or entry.startswith(f"{STATE}/")
     )
+
+
+def _our_preset(path: Path) -> bool:
+    """Whether this is a link that ``invoke gui`` put among the presets of kohya's page."""
+    return path.is_symlink() and path.resolve().parent == GUI_PRESETS
 
 
 def interrupted(home: Home) -> bool:

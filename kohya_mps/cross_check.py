@@ -130,11 +130,13 @@ def install_lowest(lock: constraints.Lock, place: Path) -> tuple[str, Path]:
 def install(lock: constraints.Lock, tree: Path, macos: str) -> str:
     """Install the macOS arm64 wheels of a lock into a directory, digests checked.
 
+    What the distributions require of each other is judged afterwards, overrides included.
+
     Returns:
         uv's reason why it could not; empty when it did.
     """
     command = [uv(), "pip", "install", "--quiet", "--python-platform", "aarch64-apple-darwin"]
-    command += ["--python-version", locks.PYTHON, "--only-binary", ":all:", "--require-hashes"]
+    command += ["--python-version", locks.PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps"]
     environ = scrubbed(extra={**sources.for_uv(), "MACOSX_DEPLOYMENT_TARGET": macos})
     done = capture([*command, "--target", tree, "-r", lock.path], cwd=settings.ROOT, env=environ)
     return "" if done.returncode == 0 else done.stderr.strip() or f"uv ended with {done.returncode}"
@@ -145,7 +147,10 @@ def examine(tree: Path, lock: constraints.Lock) -> Found:
     installed = metadata.distributions(path=[str(tree)])
     distributions: dict[str, metadata.Distribution] = {str(canonicalize_name(d.name)): d for d in installed}
     asked = locks.requirements(lock.path.stem)
-    needs, unmet = _requirements(distributions, asked)
+    overrides: dict[str, Requirement] = {
+        canonicalize_name(each.name): each for each in locks.overrides(lock.path.stem)
+    }
+    needs, unmet = _requirements(distributions, asked, overrides)
     owners = {
         Path(str(distribution.locate_file(file))): name
         for name, distribution in distributions.items()
@@ -213,7 +218,7 @@ def lowest_macos(proof: Proof) -> Check:
     wrong = []
     for profile_name in settings.profile_names():
         profile = settings.load_profile(profile_name)
-        if profile.lock == proof.lock and profile.macos != text:
+        if proof.lock in (profile.lock, profile.gui_lock) and profile.macos != text:
             wrong.append(f"config/profiles/{profile_name}.yaml says {profile.macos}")
     detail = "; ".join([f"{text} ({why})", *wrong])
     return Check.of(f"{proof.lock}: lowest macOS", not wrong, detail, f'write macos: "{text}" there')
@@ -289,11 +294,14 @@ def _all_needs(name: str, needs: Mapping[str, set[str]]) -> set[str]:
 
 
 def _requirements(
-    distributions: Mapping[str, metadata.Distribution], asked: Iterable[Requirement]
+    distributions: Mapping[str, metadata.Distribution],
+    asked: Iterable[Requirement],
+    overrides: Mapping[str, Requirement],
 ) -> tuple[dict[str, set[str]], list[str]]:
     """Who needs whom on darwin, arm64 and this Python, and each need that is not met.
 
-    An extra counts once something asks for it: its requirements are then followed too.
+    An extra counts once something asks for it: its requirements are then followed too. An
+    override counts in place of what a distribution says.
     """
     needs: dict[str, set[str]] = {}
     unmet: dict[str, None] = {}
@@ -303,6 +311,7 @@ def _requirements(
     def follow(who: str, requirement: Requirement) -> None:
         what = canonicalize_name(requirement.name)
         has = distributions.get(what)
+        requirement = overrides.get(what, requirement)
         if has is None:
             unmet[f"{who} needs {requirement.name}{requirement.specifier}, which is missing"] = None
         elif not requirement.specifier.contains(has.version, prereleases=True):

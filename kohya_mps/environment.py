@@ -31,19 +31,29 @@ class Interpreter(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """What a build would have to do.
 
-    ``usable`` is a complete, unchanged generation of the lock. ``changed`` is one whose
-    distributions named in ``differences`` are no longer as they were built.
+    ``gui`` is whether kohya's web page is to be in it. ``usable`` is a complete, unchanged
+    generation of the lock. ``changed`` is one whose distributions named in ``differences`` are
+    no longer as they were built.
     """
 
     lock: constraints.Lock
+    gui: bool
     usable: Generation | None
     changed: Generation | None
     differences: tuple[inventory.Difference, ...]
 
 
-def plan(settings: Settings) -> Plan:
-    """Look for a generation of the profile's lock, and whether it is as it was built."""
-    lock = constraints.read(settings.profile.lock_file)
+def plan(settings: Settings, *, gui: bool | None = None) -> Plan:
+    """Look for a generation of the profile's lock, and whether it is as it was built.
+
+    Args:
+        settings: the home and the profile.
+        gui: with kohya's web page, or without it; when not given, as in the active generation, or the last one that was.
+    """
+    if gui is None:
+        latest = generations.latest(Home(settings.home))
+        gui = latest is not None and latest.has_gui()
+    lock = constraints.read(settings.profile.lock_for(gui=gui))
     changed: Generation | None = None
     differences: tuple[inventory.Difference, ...] = ()
     for generation in generations.present(Home(settings.home)):
@@ -52,10 +62,10 @@ def plan(settings: Settings) -> Plan:
             continue
         found = inventory.differences(manifest.inventory, inventory.take(generation.venv))
         if not found and generation.python.exists():
-            return Plan(lock, generation, None, ())
+            return Plan(lock, gui, generation, None, ())
         if changed is None:
             changed, differences = generation, tuple(found)
-    return Plan(lock, None, changed, differences)
+    return Plan(lock, gui, None, changed, differences)
 
 
 def renew(settings: Settings) -> Report:
@@ -104,7 +114,7 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
         check_disk(home, settings.profile)
     interpreter = find_python(settings.profile)
     started = time.monotonic()
-    generation = _fresh(home, settings, planned.lock, interpreter)
+    generation = _fresh(home, settings, planned, interpreter)
     try:
         found = install(generation.venv, interpreter.path, planned.lock)
         manifest = Manifest(
@@ -114,6 +124,7 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
             interpreter=interpreter.path,
             inventory=found,
             seconds=time.monotonic() - started,
+            gui=planned.gui,
         )
         generation.complete(manifest)
     except BaseException:
@@ -258,12 +269,19 @@ def check_disk(home: Home, profile: Profile) -> None:
         )
 
 
-def _fresh(home: Home, settings: Settings, lock: constraints.Lock, interpreter: Interpreter) -> Generation:
+def _fresh(home: Home, settings: Settings, planned: Plan, interpreter: Interpreter) -> Generation:
     """An unused directory, named after what goes into it; an interrupted build in it is removed."""
     what = "\0".join(
-        (lock.digest, settings.profile_name, interpreter.path, interpreter.version, platform.machine())
+        (
+            planned.lock.digest,
+            settings.profile_name,
+            interpreter.path,
+            interpreter.version,
+            platform.machine(),
+        )
     )
-    name = f"{settings.profile_name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    page = "-gui" if planned.gui else ""
+    name = f"{settings.profile_name}{page}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     number = 1
     while True:
         generation = Generation(home.generations / (name if number == 1 else f"{name}-{number}"))

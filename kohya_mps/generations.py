@@ -25,7 +25,8 @@ from .report import say
 class Manifest(msgspec.Struct, frozen=True):
     """What went into an environment and what came out.
 
-    ``lock`` is the digest of the constraints file, ``seconds`` how long the build took.
+    ``lock`` is the digest of the constraints file, ``seconds`` how long the build took,
+    ``gui`` whether the lock was that with kohya's web page.
     """
 
     profile: str
@@ -34,6 +35,7 @@ class Manifest(msgspec.Struct, frozen=True):
     interpreter: str
     inventory: Inventory
     seconds: float
+    gui: bool = False
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -81,6 +83,11 @@ class Generation(msgspec.Struct, frozen=True):
         except (OSError, msgspec.DecodeError):
             return None
 
+    def has_gui(self) -> bool:
+        """Whether kohya's web page is installed besides the trainer."""
+        manifest = self.manifest()
+        return manifest is not None and manifest.gui
+
     def complete(self, manifest: Manifest) -> None:
         """Declare the build finished: the last thing written."""
         write(self._manifest, msgspec.json.encode(manifest))
@@ -113,6 +120,11 @@ def active(home: Home) -> Generation | None:
     """The generation that ``venv`` links to, if it is complete."""
     generation = linked(home)
     return generation if generation and generation.manifest() else None
+
+
+def latest(home: Home) -> Generation | None:
+    """The complete generation that is active or was the last to be."""
+    return next((g for g in _complete(home) if g.turn()), None)
 
 
 def previous(home: Home) -> Generation | None:

@@ -27,13 +27,27 @@ from .settings import Settings, expected_device, machine_wanted, on_mac, without
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What ``invoke setup`` was asked for besides the settings."""
+    """What ``invoke setup`` was asked for besides the settings.
+
+    ``gui`` is whether kohya's web page is to be installed; when not said, it stays as it is.
+    """
 
     smoke: bool = True
     train_step: bool = True
     stash: bool = False
     replace_default: bool = False
     replace_venv: bool = False
+    gui: bool | None = None
+
+    def with_page(self, gui: bool, no_gui: bool) -> Wanted:
+        """The same, and what ``--gui`` and ``--no-gui`` say of the web page.
+
+        Raises:
+            UsageError: both were given.
+        """
+        if gui and no_gui:
+            raise UsageError("--gui and --no-gui were both given", "give one of them")
+        return msgspec.structs.replace(self, gui=gui) if gui or no_gui else self
 
 
 class _Steps:
@@ -76,7 +90,7 @@ def setup(settings: Settings, wanted: Wanted) -> Report:
     home = Home(settings.home)
     check_place(home)
     configure.check_precision(settings)
-    planned = environment.plan(settings)
+    planned = environment.plan(settings, gui=wanted.gui)
     ready = check_machine(settings, planned)
     if ready.status is Status.FAIL:
         return Report("Setup", (ready,), {"home": str(home.root), "device": None})

@@ -18,8 +18,17 @@ def argv(
     does not. The module is named instead of ``bin/accelerate``, whose first line cannot
     hold every path that a home may have; ``-P`` keeps the working directory's modules out.
     """
-    launcher = [str(generation.python), "-P", "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", str(config or generation.accelerate_config), str(script), *arguments]
+    return [*launcher(generation, config), str(script), *arguments]
+
+
+def launcher(generation: Generation, config: Path | None = None) -> list[str]:
+    """``accelerate launch`` with our configuration, up to its own options and the script."""
+    return [*accelerate(generation), "launch", "--config_file", str(config or generation.accelerate_config)]
+
+
+def accelerate(generation: Generation) -> list[str]:
+    """The ``accelerate`` of the environment."""
+    return [str(generation.python), "-P", "-m", "accelerate.commands.accelerate_cli"]
 
 
 def environ(generation: Generation, *, offline: bool = False) -> dict[str, str]:

@@ -19,6 +19,7 @@ from .errors import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config"
 CONSTRAINTS = ROOT / "constraints"
+GUI_PRESETS = CONFIG / "gui-presets"
 PROBES = Path(__file__).resolve().parent / "probes"
 
 # libyaml's is ten times as fast; wheels have it, a build from source may not.
@@ -62,6 +63,7 @@ class Profile(_Strict, frozen=True):
     """A named set of pins and the rules that hold for it (``config/profiles/NAME.yaml``)."""
 
     lock: str
+    gui_lock: str
     summary: str
     python: str
     macos: str
@@ -73,7 +75,11 @@ class Profile(_Strict, frozen=True):
     @property
     def lock_file(self) -> Path:
         """The generated, hashed constraints file."""
-        return CONSTRAINTS / f"{self.lock}.txt"
+        return self.lock_for(gui=False)
+
+    def lock_for(self, *, gui: bool) -> Path:
+        """The constraints file of the trainer alone, or of the trainer with kohya's web page."""
+        return CONSTRAINTS / f"{self.gui_lock if gui else self.lock}.txt"
 
     def forbidden_here(self) -> tuple[str, ...]:
         """The forbidden distributions for the operating system we run on."""
@@ -89,6 +95,19 @@ class Profile(_Strict, frozen=True):
             return allowed
         here = Version(macos())
         return tuple(each for each in allowed if here >= Version(self.needs_macos.get(each, "0")))
+
+
+class Gui(_Strict, frozen=True):
+    """kohya's web page (``config/gui.yaml``): where it is, and what its forms open with.
+
+    ``forms`` are sections, keys and values of kohya_ss's own ``config.toml``; ``modules`` what
+    it imports besides the trainer's.
+    """
+
+    port: int
+    answers_within_seconds: float
+    modules: tuple[str, ...]
+    forms: dict[str, dict[str, bool | int | float | str]]
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -169,6 +188,11 @@ def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> 
                 f"{path}: {key}: found {release!r}", 'accepted: a release of macOS, such as "14.0"'
             )
     return profile
+
+
+def load_gui(config: Path = CONFIG) -> Gui:
+    """Read what is said of kohya's web page."""
+    return read_yaml(config / "gui.yaml", Gui)
 
 
 def profile_names(config: Path = CONFIG) -> list[str]:

@@ -10,7 +10,7 @@ from . import constraints, launch
 from .generations import Generation
 from .process import stream
 from .report import Check, Report, Status, say
-from .settings import CONFIG, PROBES, Settings, expected_device, on_mac, read_yaml
+from .settings import CONFIG, PROBES, Settings, expected_device, load_gui, on_mac, read_yaml
 
 
 class _Modules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,7 +39,9 @@ class _Row(msgspec.Struct, frozen=True):
 
 def run(settings: Settings, generation: Generation) -> Report:
     """Start the probe as the trainer is started, and report each of its checks."""
-    lock = constraints.read(settings.profile.lock_file)
+    gui = generation.has_gui()
+    lock = constraints.read(settings.profile.lock_for(gui=gui))
+    modules = read_yaml(CONFIG / "trainer_modules.yaml", _Modules).modules
     request = Request(
         python=settings.profile.python,
         versions=lock.versions(constraints.here(on_mac())),
@@ -47,7 +49,7 @@ def run(settings: Settings, generation: Generation) -> Report:
         prefix=str(generation.venv),
         device=expected_device(),
         mixed_precision=settings.mixed_precision,
-        modules=read_yaml(CONFIG / "trainer_modules.yaml", _Modules).modules,
+        modules=(*modules, *load_gui().modules) if gui else modules,
         config_file=str(generation.accelerate_config),
     )
     say("  smoke check: starting torch through accelerate launch")

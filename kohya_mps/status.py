@@ -116,7 +116,7 @@ def _environment(home: Home, settings: Settings, active: Generation | None) -> l
     if not rows:
         count = len(manifest.inventory.distributions)
         rows.append(Check(name, Status.PASS, f"{active.name}: {count} packages as they were installed"))
-    lock = settings.profile.lock_file
+    lock = settings.profile.lock_for(gui=manifest.gui)
     if manifest.profile != settings.profile_name or manifest.lock != constraints.digest(lock):
         detail = f"built from another lock than the profile {settings.profile_name} has now ({lock.name})"
         rows.append(Check("lock", Status.WARN, detail, "`invoke setup` builds the environment of that lock"))

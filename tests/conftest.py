@@ -151,6 +151,7 @@ def make_profile(lock: str = "none") -> Profile:
     """A profile for this machine's Python whose lock may be small."""
     return Profile(
         lock=lock,
+        gui_lock=f"{lock}-gui",
         summary="made by the tests",
         python=PYTHON,
         macos="11.0",

@@ -237,6 +237,13 @@ def test_a_need_that_is_not_met_is_named(
     assert found(room, core, wheel(room / "wheels", "other", "2.0"), asks=asks).unmet == (said,)
 
 
+def test_an_override_is_what_has_to_be_met(room: Path) -> None:
+    core = library(room, "core", {}, "other<2", tag="py3-none-any")
+    other = wheel(room / "wheels", "other", "2.0")
+    assert found(room, core, other).unmet == ("core needs other<2, which is 2.0",)
+    assert found(room, core, other, asks=("core", "# override: other>=2")).unmet == ()
+
+
 def test_a_distribution_for_another_python_is_named(room: Path) -> None:
     made = lock(room, library(room, "core", {}, tag="py3-none-any"))
     _, tree = cross_check.install_lowest(made, room / "trees")

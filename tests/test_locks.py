@@ -51,6 +51,28 @@ def test_a_lock_is_made_once_and_the_second_time_is_the_same(room: Path) -> None
     assert not failures()
 
 
+def test_an_override_counts_in_place_of_what_a_distribution_says(room: Path) -> None:
+    house = room.parent / "wheels"
+    wheel(house, "page", "1.0", requires=["plain<1.1"])
+    ask(room, "plain==1.1")
+    locks.make("train")
+    ask(room, "-c train.txt", "page", name="gui")
+    with pytest.raises(StepFailed, match=r"plain<1\.1"):
+        locks.make("gui")
+    ask(room, "-c train.txt", "page", "# override: plain>=1.1", name="gui")
+    locks.make("gui")
+    assert constraints.read(room / "gui.txt").versions(constraints.MAC_ARM64)["plain"] == "1.1"
+    assert not failures()
+    ask(room, "-c train.txt", "page", name="gui")
+    assert any("-override plain>=1.1" in detail for detail in failures())
+
+
+def test_a_lock_comes_after_the_one_that_it_holds_to(room: Path) -> None:
+    ask(room, "plain", name="zebra")
+    ask(room, "-c zebra.txt", "middle", name="ape")
+    assert locks.names() == ["zebra", "ape"]
+
+
 def test_versions_stay_until_an_upgrade_is_asked_for(room: Path) -> None:
     ask(room, "plain==1.0")
     locks.make("train")
@@ -82,8 +104,9 @@ def test_a_failed_lock_changes_neither_file(room: Path) -> None:
 
 def test_only_known_names_are_taken(room: Path) -> None:
     ask(room, "plain")
-    assert locks.choose([]).names == ("train",)
-    assert locks.choose(["--profile", "validated"]).names == ("train",)
+    ask(room, "plain", name="gui")
+    assert set(locks.choose([]).names) == {"train", "gui"}
+    assert locks.choose(["--profile", "validated"]).names == ("train", "gui")
     with pytest.raises(UsageError, match="'nothing'"):
         locks.choose(["nothing"])
 
@@ -182,8 +205,9 @@ def test_one_hash_of_many_taken_away_is_refused(room: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     lines.remove(next(line for line in lines if "--hash" in line))
     path.write_text("".join(lines), encoding="utf-8")
-    (found,) = failures()
+    found, with_page = failures()
     assert "edited" in found
+    assert "-c train.txt" in with_page
 
 
 def test_an_unhashed_line_is_refused_by_its_number(room: Path) -> None:
