@@ -141,6 +141,8 @@ def make(name: str, *, upgrade: bool = False, cutoff: str | None = None) -> Path
         _refuse_without_mac_wheel(source, text, draft)
         constraints.read(draft)
         pins = re.sub(r"\A(#.*\n)+", "", draft.read_text(encoding="utf-8"))
+        # uv names the file that the overrides were handed over in, another one each time.
+        pins = re.sub(r"--override \S+", f"# override: in {source.name}", pins)
     if cutoff:
         write(source, text.encode())
     listed = "".join(f"#   {line}\n" for line in _inputs(source))
