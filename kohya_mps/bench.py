@@ -106,7 +106,9 @@ def _alternating(times: int, *sides: Callable[[], float]) -> tuple[float, ...]:
 
 
 def _tool(name: str) -> str:
-    return str(Path(sys.prefix) / "bin" / name)
+    """The tool that README's first command installed, which is what people type; else this session's."""
+    installed_first = ROOT / ".venv" / "bin" / name
+    return str(installed_first if installed_first.exists() else Path(sys.prefix) / "bin" / name)
 
 
 def _own_environment(**variables: str) -> dict[str, str]:
