@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 
 from . import constraints, front, locks, settings
-from .errors import UsageError
 from .process import capture
 from .report import Check, Report, Status, say
 
@@ -79,9 +78,7 @@ def choose(posargs: Iterable[str]) -> Options:
     parser.add_argument("names", nargs="*", metavar="LOCK", help=f"one of {', '.join(locks.names())}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
     given = parser.parse_args(list(posargs))
-    if unknown := sorted(set(given.names) - set(locks.names())):
-        raise UsageError(f"there is no lock {unknown[0]!r}", f"accepted: {', '.join(locks.names())}")
-    return Options(tuple(given.names or locks.names()), given.json)
+    return Options(locks.chosen(given.names), given.json)
 
 
 def pip_audit(versions: Mapping[str, str]) -> tuple[Audited, ...]:

@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from . import constraints, front, locks, macho, settings, sources
-from .errors import StepFailed, UsageError
+from .errors import StepFailed
 from .process import capture, scrubbed, uv
 from .report import Check, Report, say
 
@@ -77,9 +77,7 @@ def choose(posargs: Iterable[str]) -> Options:
     parser.add_argument("names", nargs="*", metavar="LOCK", help=f"one of {', '.join(locks.names())}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
     given = parser.parse_args(list(posargs))
-    if unknown := sorted(set(given.names) - set(locks.names())):
-        raise UsageError(f"there is no lock {unknown[0]!r}", f"accepted: {', '.join(locks.names())}")
-    return Options(tuple(given.names or locks.names()), given.json)
+    return Options(locks.chosen(given.names), given.json)
 
 
 def run(options: Options) -> Report:

@@ -12,7 +12,7 @@ import hashlib
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -82,13 +82,22 @@ def choose(posargs: Iterable[str]) -> Choice:
     parser.add_argument("--cutoff", metavar="DATE", help="ignore later releases; written into the .in")
     parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
     given = parser.parse_args(list(posargs))
-    chosen = list(given.names)
+    asked = list(given.names)
     if given.profile:
         profile = settings.load_profile(given.profile, "--profile")
-        chosen += [profile.lock, profile.gui_lock]
-    if unknown := sorted(set(chosen) - set(names())):
+        asked += [profile.lock, profile.gui_lock]
+    return Choice(chosen(asked), given.upgrade, given.cutoff, given.json)
+
+
+def chosen(asked: Sequence[str]) -> tuple[str, ...]:
+    """The locks that were asked for by name; every lock when none was.
+
+    Raises:
+        UsageError: there is no lock of that name.
+    """
+    if unknown := sorted(set(asked) - set(names())):
         raise UsageError(f"there is no lock {unknown[0]!r}", f"accepted: {', '.join(names())}")
-    return Choice(tuple(chosen or names()), given.upgrade, given.cutoff, given.json)
+    return tuple(asked or names())
 
 
 def make_all(choice: Choice) -> Report:
