@@ -19,7 +19,7 @@ from .errors import StepFailed, UsageError
 from .generations import Generation
 from .home import Home, write
 from .report import Check, Report, Status
-from .settings import CONFIG, PROBES, Settings, expected_device, macos, on_mac
+from .settings import CONFIG, PROBES, Settings, expected_device, hugging_face_home, macos, on_mac
 
 _MARK = "# Written by kohya-mps; it is replaced only while this digest fits: "
 _BACKUP = ".before-kohya-mps"
@@ -183,9 +183,7 @@ def is_current(path: Path, wanted: dict[str, object]) -> bool:
 
 def default_location() -> Path:
     """Where accelerate looks when no file is named (accelerate 1.3.0, config_args.py, lines 31 to 43)."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = os.environ.get("HF_HOME") or str(Path(cache) / "huggingface")
-    return Path(hub).expanduser() / "accelerate" / "default_config.yaml"
+    return hugging_face_home() / "accelerate" / "default_config.yaml"
 
 
 def is_ours(path: Path) -> bool:

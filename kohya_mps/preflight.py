@@ -24,7 +24,7 @@ from .estimate import Estimate, estimate, models
 from .failures import DEVICES, Finding, Situation
 from .pictures import Data
 from .report import Check, Report, Status
-from .settings import Settings, expected_device, memory_gb
+from .settings import Settings, expected_device, hugging_face_home, memory_gb
 from .training import Training, WrongType, typed
 from .training_file import Kind, TrainingFile, read
 
@@ -373,8 +373,7 @@ def _has_tokenizer(training: Training, base: Path) -> bool:
         cache = pictures.place(training.tokenizer_cache_dir, base)
         if os.path.isdir(cache / name.replace("/", "_")):
             return True
-    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{hugging_face_home()}/hub")
     return os.path.isdir(f"{hub}/models--{name.replace('/', '--')}/snapshots")
 
 

@@ -273,6 +273,13 @@ def _home(from_file: str, file_says: str) -> Path:
     return home
 
 
+def hugging_face_home() -> Path:
+    """Where Hugging Face's libraries keep their things: ``HF_HOME``, else below the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(os.path.expanduser(place))  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+
+
 def without_secret(url: str) -> str:
     """An address as it may be printed and recorded: without the name and password in it."""
     return re.sub(r"^(https?://)[^/@]*@", r"\1", url)
