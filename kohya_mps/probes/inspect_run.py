@@ -9,6 +9,7 @@ step. Prints JSON: losses, seconds_per_step, tensors, zero_start, trained, finit
 import itertools
 import json
 import re
+import statistics
 import sys
 
 import numpy as np
@@ -18,7 +19,10 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 
 def losses(directory: str) -> tuple[list[float], float | None]:
-    """Each step's loss, and the seconds between steps, the first step's warm-up left out."""
+    """Each step's loss, and the median of the seconds between steps.
+
+    The first step's warm-up does not count, and a step that also saved is no measure.
+    """
     logs = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(directory)
     logs.Reload()
     for run in logs.Runs():
@@ -26,7 +30,7 @@ def losses(directory: str) -> tuple[list[float], float | None]:
         if "loss/current" in accumulator.Tags()["scalars"]:
             events = accumulator.Scalars("loss/current")
             spans = [b.wall_time - a.wall_time for a, b in itertools.pairwise(events)]
-            return [event.value for event in events], sum(spans) / len(spans) if spans else None
+            return [event.value for event in events], statistics.median(spans) if spans else None
     return [], None
 
 

@@ -119,14 +119,14 @@ def save_wholly() -> None:
 # -- Random states -----------------------------------------------------------------------------
 
 
-def cpu_random() -> dict[str, Any]:
-    """What decides augmentations, captions and noise on the CPU."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+def drawn_random() -> dict[str, Any]:
+    """What decides augmentations and captions."""
+    return {"python": random.getstate(), "numpy": np.random.get_state()}
 
 
 def all_random() -> dict[str, Any]:
-    """The same with the devices; accelerate 1.3.0 saves CUDA's but not MPS' (checkpointing.py)."""
-    state = cpu_random()
+    """The same with torch's; accelerate 1.3.0 saves CUDA's but not MPS' (checkpointing.py)."""
+    state = drawn_random() | {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -135,7 +135,7 @@ def all_random() -> dict[str, Any]:
 
 
 def restore_random(state: dict[str, Any]) -> None:
-    """Set what :func:`cpu_random` or :func:`all_random` took."""
+    """Set what :func:`all_random` took, or ``before_fetch``."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -153,8 +153,8 @@ class Watch:
 
     ``batches`` counts the batches that were trained, ``fetches`` those that were read:
     accelerate reads one ahead. ``losses`` has one for each batch, ``mean_loss`` is the last
-    step's, over its batches and all processes. ``between_steps`` are the random states that
-    the next step has to find.
+    step's, over its batches and all processes. ``between_steps`` are the random states of
+    Python and numpy that the next step has to find.
     """
 
     def __init__(self, orders: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ class Watch:
         accelerator.load_state(str(self.resume))
         restore_random(self.saved["random"])
         self.before_fetch, self.mean_loss = self.saved["before_fetch"], self.saved["mean_loss"]
-        self.between_steps = cpu_random()
+        self.between_steps = drawn_random()
         self.replaying = False
 
     # Steps
@@ -251,7 +251,7 @@ class Watch:
                 args.save_every_n_epochs = self.postponed[1] if self.postponed else None
             return
         self._read_losses(accelerator)
-        self.between_steps = cpu_random()
+        self.between_steps = drawn_random()
 
     def undisturbed(self) -> None:
         """Take back what was drawn from Python's and numpy's random numbers since the last step.
@@ -345,12 +345,11 @@ class Watch:
             torch.save(self._extras(), Path(output) / f".watched_{self.rank}.pt")
 
     def _extras(self) -> dict[str, Any]:
-        kept = {name: self.between_steps[name] for name in ("python", "numpy") if self.between_steps}
         return {
             "batches": self.batches,
             "losses": self.losses,
             "mean_loss": self.mean_loss,
-            "random": all_random() | kept,
+            "random": all_random() | self.between_steps,
             "epoch_start": self.epoch_start,
             "before_fetch": self.before_fetch,
         }
@@ -367,8 +366,9 @@ class Watch:
                 return {}
             restore_random(self.saved["before_fetch"])
         else:
+            drawn = self.between_steps or drawn_random()
             self.undisturbed()
-            self.before_fetch = cpu_random()
+            self.before_fetch = drawn | {"torch": torch.get_rng_state()}
         return original(group, index)
 
     def order(self, original: Callable[..., Iterator[int]], sampler: Any, group_type: Any) -> Iterator[int]:
