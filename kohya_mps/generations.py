@@ -19,6 +19,7 @@ import msgspec
 from .errors import StepFailed, UsageError
 from .home import Home, link, write
 from .inventory import Inventory
+from .process import running_from
 from .report import say
 
 
@@ -173,8 +174,9 @@ def activate(home: Home, generation: Generation) -> None:
 def collect(home: Home, keep: int) -> list[str]:
     """Remove interrupted builds and all but the newest ``keep`` generations.
 
-    Never the active one, nor the one before it while two or more are kept. A second
-    generation of the active one's lock was replaced because it had been changed; it goes.
+    Never the active one, nor the one before it while two or more are kept, nor one that a
+    training still runs from. A second generation of the active one's lock was replaced
+    because it had been changed; it goes.
 
     Returns:
         The names of what was removed.
@@ -183,9 +185,15 @@ def collect(home: Home, keep: int) -> list[str]:
     made_of = _origin(now) if now else None
     complete = [g for g in _complete(home) if g != now and g.turn() and _origin(g) != made_of]
     kept = [*([now] if now else []), *complete[: max(keep - 1, 0)]]
-    gone = [g for g in present(home) if g not in kept]
-    for generation in gone:
+    gone = []
+    for generation in present(home):
+        if generation in kept:
+            continue
+        if users := running_from(generation.path):
+            say(f"  {generation.name} stays: process {users[0]} runs from it")
+            continue
         discard(generation)
+        gone.append(generation)
     return [generation.name for generation in gone]
 
 

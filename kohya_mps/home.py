@@ -16,7 +16,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from .errors import Busy, UsageError
-from .process import RUN_MARK, end_leftovers
+from .process import RUN_MARK, end_leftovers, running_from
 
 STATE = ".kohya-mps"
 
@@ -93,8 +93,15 @@ def check_place(home: Home) -> None:
         raise UsageError(f"{existing} is not a directory, so {root} cannot be made", choose)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{existing} is not writable for you, so {root} cannot be used", choose)
-    ours = (home.venv / "bin", home.venv, home.generations, home.state)
-    for place in (*ours, root, *root.parents):
+    ours = (home.venv / "bin", home.venv, home.generations, home.state, root)
+    for place in ours:
+        if place.exists() and place.stat().st_uid not in (0, os.getuid()):
+            mine = shlex.join(["sudo", "chown", "-R", pwd.getpwuid(os.getuid()).pw_name, str(place)])
+            raise UsageError(
+                f"{place} belongs to another user, who could replace the programs that run from {root}",
+                f"if it is yours, `{mine}`; else {choose}",
+            )
+    for place in (*ours, *root.parents):
         if place.exists() and (reason := _shared_with_others(place)):
             raise UsageError(
                 f"{place} {reason}: another user could replace the programs that run from {root}",
@@ -171,6 +178,22 @@ def _take(lock: FileLock, home: Home, record: Path) -> None:
         f"{home.root} is in use by {who}",
         f"wait for it to end, or end it (`kill {holder.pid if holder else 'PID'}`)",
     )
+
+
+def check_unused(home: Home, would: str) -> None:
+    """Refuse to change what a training, kohya's page or TensorBoard is running from.
+
+    Args:
+        would: what would be done to it, as it is put to the person.
+
+    Raises:
+        Busy: a process runs from one of the home's environments.
+    """
+    if users := running_from(home.generations, home.venv):
+        raise Busy(
+            f"process {users[0]} runs from {home.root}, maybe a training or kohya's page: this would {would}",
+            f"wait for it to end, or end it (`invoke stop RUN`, `kill {users[0]}`)",
+        )
 
 
 def running(home: Home) -> int | None:

@@ -290,6 +290,21 @@ def end_leftovers(mark: str) -> int:
     return len(left)
 
 
+def running_from(*directories: Path) -> list[int]:
+    """The processes whose program or script, as they were started, lies in one of these directories."""
+    import psutil
+
+    prefixes = tuple(f"{directory}{os.sep}" for directory in directories)
+    found: list[int] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and any(
+                part.startswith(prefixes) for part in process.cmdline()[:2]
+            ):
+                found.append(process.pid)
+    return sorted(found)
+
+
 class _Passer:
     """Passes a child's output on to standard error.
 

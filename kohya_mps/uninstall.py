@@ -10,7 +10,7 @@ import msgspec
 
 from . import checkout, configure, generations, receipt
 from .errors import StepFailed, UsageError
-from .home import STATE, Home, held
+from .home import STATE, Home, check_unused, held
 from .report import Check, Report, Status, say
 from .settings import Settings
 
@@ -39,12 +39,14 @@ def uninstall(settings: Settings, *, yes: bool = False, delete_my_files: bool = 
 
     Raises:
         UsageError: nobody can be asked and ``yes`` was not given.
+        Busy: a training runs from it.
     """
     home = Home(settings.home)
     if not home.state.is_dir():
         nothing = Check("installation", Status.SKIP, f"there is none in {home.root}")
         return Report(f"Removal of {home.root}", (nothing,))
     with held(home):
+        check_unused(home, "remove it under it")
         planned = plan(home, delete_my_files)
         for line in describe(home, planned):
             say(line)

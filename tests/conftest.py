@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,17 @@ def git(path: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", path, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"git {arguments}: {done.stderr}"
     return done.stdout.rstrip("\n")
+
+
+@contextlib.contextmanager
+def running_as(program: Path) -> Iterator[int]:
+    """A process that was started under this name; its number."""
+    process = subprocess.Popen([str(program), "60"], executable=shutil.which("sleep"))
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
 
 
 @dataclass(frozen=True)

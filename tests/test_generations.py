@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import running_as
 
 from kohya_mps import generations
 from kohya_mps.errors import StepFailed, UsageError
@@ -182,6 +183,16 @@ def test_only_the_active_one_is_kept_when_one_is_asked_for(home: Home) -> None:
         activate(home, make(home, name, f"lock {name}"))
     assert collect(home, 1) == ["a"]
     assert active(home) == Generation(home.generations / "b")
+
+
+def test_one_that_a_training_runs_from_stays_until_it_ends(home: Home) -> None:
+    activate(home, make(home, "a", "1"))
+    used = Generation(home.generations / "a")
+    for name in "bc":
+        activate(home, make(home, name, f"lock {name}"))
+    with running_as(used.python):
+        assert collect(home, 2) == []
+    assert collect(home, 2) == ["a"]
 
 
 def test_interrupted_builds_and_ones_that_never_became_active_are_collected(home: Home) -> None:

@@ -230,6 +230,17 @@ def test_a_place_below_a_directory_of_everybodys_is_refused(tmp_path: Path) -> N
     assert f"chmod go-w '{shared}'" in message
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a directory away")
+def test_a_place_of_another_user_is_refused(home: Home) -> None:
+    home.generations.mkdir(parents=True)
+    os.chown(home.generations, 12345, -1)
+    message = refused(home)
+    assert f"{home.generations} belongs to another user" in message
+    assert "sudo chown -R" in message
+    os.chown(home.generations, 0, -1)
+    check_place(home)
+
+
 def test_a_place_of_a_foreign_group_is_refused_and_of_the_users_own_is_not(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

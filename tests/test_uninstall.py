@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import Small, Upstream, git
+from conftest import Small, Upstream, git, running_as
 from standin import make_lock
 
 from kohya_mps import configure
@@ -182,3 +182,11 @@ def test_a_home_in_use_is_refused(done: Settings) -> None:
     with held(Home(done.home)), pytest.raises(Busy):
         uninstall(done, yes=True)
     assert Home(done.home).venv.exists()
+
+
+def test_nothing_is_removed_under_a_training(done: Settings) -> None:
+    home = Home(done.home)
+    with running_as(home.venv / "bin" / "python") as training, pytest.raises(Busy, match=f"{training}"):
+        uninstall(done, yes=True)
+    assert home.venv.exists()
+    assert uninstall(done, yes=True).ok
