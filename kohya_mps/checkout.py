@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from .errors import KohyaError, StepFailed, UsageError
-from .home import STATE, Home, check_place, held, write
+from .home import STATE, Home, check_place, check_unused, held, write
 from .process import Finished, capture, scrubbed, stream
 from .report import Check, Report, Status, say
 from .settings import GUI_PRESETS, Settings, without_secret
@@ -45,12 +45,17 @@ def bring(settings: Settings, *, stash: bool = False) -> Commits:
 
     Raises:
         UsageError: the place or the commit cannot be meant, or local changes are in the way.
+        Busy: the checkout stands elsewhere, and a training runs from it.
         StepFailed: the repository cannot be reached, or git failed.
     """
     home = Home(settings.home)
-    _Tree(home, home.root, settings, lambda: settings.url).bring(settings.commit, stash)
+    kohya_ss = _Tree(home, home.root, settings, lambda: settings.url)
+    sd_scripts = _Tree(home, home.sd_scripts, settings, lambda: _submodule_url(home))
+    for tree in (kohya_ss, sd_scripts):
+        tree.mend_config()
+    kohya_ss.bring(settings.commit, stash)
     wanted = gitlink(home, settings.commit)
-    _Tree(home, home.sd_scripts, settings, lambda: _submodule_url(home)).bring(wanted, stash)
+    sd_scripts.bring(wanted, stash)
     return Commits(settings.commit, wanted)
 
 
@@ -185,6 +190,18 @@ class _Tree:
         self.made_here = home.state / MADE_HERE
         self.record = home.state / "moving-sd-scripts.json" if self.is_submodule else home.moving
 
+    def mend_config(self) -> None:
+        """Set a configuration aside that git cannot read: it stops all of git, around a submodule, too."""
+        config = _repository(self.path) / "config"
+        if not config.is_file():
+            return
+        read = [*_command(config.parent), "config", "--file", str(config), "--list"]
+        if capture(read, env=_environment(self.path)).returncode:
+            aside = _first_free(config.parent, "config.damaged")
+            say(f"  {config} is damaged; it is kept as {aside.name}, a new one is made")
+            config.rename(aside)
+            self._run("init", "--quiet")
+
     def bring(self, commit: str, stash: bool) -> None:
         try:
             if (move := self._recorded()) and move.stage is _Stage.RENEW:
@@ -201,10 +218,10 @@ class _Tree:
     def _exclude(self, pattern: str) -> None:
         """Keep what is ours, or was set aside, out of git's sight and away from ``git clean``."""
         exclude = self._git_dir() / "info" / "exclude"
-        known = exclude.read_text(encoding="utf-8") if exclude.exists() else ""
-        if pattern not in known.splitlines():
+        known = exclude.read_bytes() if exclude.exists() else b""
+        if pattern.encode() not in known.splitlines():
             exclude.parent.mkdir(exist_ok=True)
-            write(exclude, f"{known.rstrip()}\n{pattern}\n".encode())
+            write(exclude, known.rstrip() + f"\n{pattern}\n".encode())
 
     def _begin(self, commit: str) -> None:
         strangers = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
@@ -240,6 +257,8 @@ class _Tree:
             raise _Damaged("HEAD names no commit")
         if here not in ("", commit) and not self.is_submodule:
             self._refuse_other_projects()
+        if here and not (self._git_dir() / "index").exists():
+            self._git("reset", "--quiet")  # else every file counts as deleted and as unknown
         changed = self._local_changes() if here else []
         if changed and not stash:
             listed = "\n".join(f"    {name}" for name in changed[:20])
@@ -250,6 +269,8 @@ class _Tree:
             )
         if here == commit and not changed:
             return
+        if here:
+            check_unused(self.home, f"change the files of {self.path} under it")
         if changed:
             self._git("stash", "push", "--quiet", "--message", "put away by kohya-mps")
             say(
@@ -382,7 +403,7 @@ class _Tree:
         that can still be read, so that what the user changed shows as changed.
         """
         git, move = self.path / ".git", self._recorded()
-        if move and move.stage is not _Stage.RENEW and not move.came_from and not _read_head(git):
+        if move and move.stage is not _Stage.RENEW and not move.came_from and not _read_head(self.path):
             shutil.rmtree(git)  # ours alone: a first clone that was killed before anything stood there
             self._begin(commit)
             return
@@ -390,7 +411,7 @@ class _Tree:
         say(
             f"  {self.path}: its repository is damaged ({reason}); it is kept as {aside.name}, a new one is made"
         )
-        came_from = _read_head(git) or (move.came_from if move else "")
+        came_from = _read_head(self.path) or (move.came_from if move else "")
         self._note(_Stage.RENEW, came_from, "")
         git.rename(aside)
         if (aside / "modules").is_dir():  # the submodule's repository, in a user's own clone
@@ -452,11 +473,19 @@ class _Tree:
             raise _Damaged(words[0] if words else "git fsck failed")
 
 
-def _read_head(git: Path) -> str:
+def _repository(tree: Path) -> Path:
+    """Where a working tree's repository is, found without git."""
+    git = tree / ".git"
+    if git.is_file():  # a submodule's, which `git clone --recurse-submodules` made
+        named = git.read_text(encoding="utf-8", errors="replace").removeprefix("gitdir:")
+        git = tree / named.strip().replace("\0", "")
+    return git
+
+
+def _read_head(tree: Path) -> str:
     """The commit that a repository stood at, read without git; empty when that cannot be told."""
+    git = _repository(tree)
     try:
-        if git.is_file():  # a submodule's, which `git clone --recurse-submodules` made
-            git = git.parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         if head.startswith("ref: "):
             name = head.removeprefix("ref: ")

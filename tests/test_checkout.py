@@ -431,6 +431,11 @@ def delete_every_object(repository: Path) -> None:
         path.unlink()
 
 
+def fill_exclude_with_noise(repository: Path) -> None:
+    (repository / "info").mkdir(exist_ok=True)
+    (repository / "info" / "exclude").write_bytes(b"\xc0\xff\x00" * 20)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "objects full of zeros": zero_every_object,
     "deleted objects": delete_every_object,
@@ -441,16 +446,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         "ref: refs/heads/gone\n"
     ),
     "a truncated index": lambda repository: os.truncate(repository / "index", 20),
+}
+# Mended where they are: nothing of these files has to be fetched.
+SLIGHT_DAMAGES: dict[str, Callable[[Path], object]] = {
     "a config of zeros": lambda repository: zero(repository / "config"),
+    "an unfinished line in config": lambda repository: (repository / "config").write_text("[core\n"),
+    "no config": lambda repository: (repository / "config").unlink(),
+    "no index": lambda repository: (repository / "index").unlink(),
+    "info/exclude full of noise": fill_exclude_with_noise,
 }
 
 
-@pytest.mark.parametrize(
-    ("tree", "what"),
-    [("kohya_ss", what) for what in DAMAGES]
-    # git in the outer tree reads the inner one's configuration, and cannot go on.
-    + [("sd-scripts", what) for what in DAMAGES if "config" not in what],
-)
+@pytest.mark.parametrize("tree", ["kohya_ss", "sd-scripts"])
+@pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_repository_is_made_anew_and_the_old_one_kept(
     what: str, tree: str, settings: Settings, upstream: Upstream
 ) -> None:
@@ -486,11 +494,26 @@ def test_what_the_user_changed_is_still_his_after_a_repair(
     assert git(settings.home, "show", "stash@{0}:kohya_gui.py") == "mine"
 
 
-def test_an_unreadable_configuration_of_the_submodule_is_named(settings: Settings) -> None:
+@pytest.mark.parametrize("made_by", ["this project", "the user"])
+@pytest.mark.parametrize("tree", ["kohya_ss", "sd-scripts"])
+@pytest.mark.parametrize("what", SLIGHT_DAMAGES)
+def test_a_slightly_damaged_repository_is_mended_and_changes_are_still_the_users(
+    what: str, tree: str, made_by: str, settings: Settings, upstream: Upstream
+) -> None:
+    if made_by == "the user":
+        user_clone(upstream, settings.home, upstream.commit)
     bring(settings)
-    zero(Home(settings.home).sd_scripts / ".git" / "config")
-    with pytest.raises(StepFailed, match=r"bad config line 1 in file .*/sd-scripts/\.git/config"):
+    path = settings.home if tree == "kohya_ss" else Home(settings.home).sd_scripts
+    name = git(path, "ls-files", "*.py").split()[0]
+    changed = path / name
+    changed.write_text("mine\n")
+    SLIGHT_DAMAGES[what](Path(git(path, "rev-parse", "--absolute-git-dir")))
+    with pytest.raises(UsageError, match=rf"local changes:\n    {name}"):
         bring(settings)
+    assert changed.read_text() == "mine\n"
+    bring(settings, stash=True)
+    check_is_good(settings, upstream)
+    assert not list(settings.home.rglob(".git.damaged*"))
 
 
 def test_a_second_damage_keeps_the_first_repository_too(settings: Settings, upstream: Upstream) -> None:

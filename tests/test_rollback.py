@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from conftest import Small, Upstream
+from conftest import Small, Upstream, running_as
 from standin import make_lock
 
 from kohya_mps import checkout, configure, generations, inventory
@@ -103,6 +103,20 @@ def test_local_changes_stop_it_before_the_environment_is_switched(settings: Sett
         rollback(settings)
     assert installed(Home(settings.home)) == before
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
+
+
+def test_the_checkout_is_not_switched_under_a_training(settings: Settings) -> None:
+    now = installed(Home(settings.home))
+    with (
+        running_as(now.python) as training,
+        pytest.raises(Busy, match=rf"process {training} .* change the files"),
+    ):
+        rollback(settings)
+    assert installed(Home(settings.home)) == now
+    commits = checkout.present(Home(settings.home))
+    assert commits is not None
+    assert commits.kohya_ss == settings.commit
+    rollback(settings)
 
 
 def test_somebody_elses_default_configuration_stays(settings: Settings) -> None:

@@ -95,6 +95,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "commit missing": lambda tree: remove_object(tree, "HEAD"),
     "tree zeroed": lambda tree: zero_object(tree, "HEAD^{tree}"),
     "HEAD emptied": lambda tree: (tree / ".git" / "HEAD").write_bytes(b""),
+    "config zeroed": lambda tree: (tree / ".git" / "config").write_bytes(bytes(300)),
+    "index missing": lambda tree: (tree / ".git" / "index").unlink(),
 }
 
 
