@@ -16,13 +16,16 @@ from pathlib import Path
 import msgspec
 
 from . import explain, launch
+from .constraints import digest
 from .errors import StepFailed, UsageError
 from .generations import Generation
+from .home import write
 from .process import Finished, stream
 from .report import Check, Report, Status, say
 from .settings import PROBES, Settings, expected_device
 
 STEPS = 3
+_DIGESTS = "digests.json"
 
 
 class Network(msgspec.Struct, frozen=True):
@@ -140,7 +143,7 @@ def prepare_model(generation: Generation, work: Path, family: str, size: str) ->
     manifest = generation.manifest()
     made_by = script.read_bytes() + (manifest.lock if manifest else "").encode()
     model = work / "models" / f"{family}-{size}-{hashlib.sha256(made_by).hexdigest()[:12]}"
-    if model.is_dir():
+    if _is_whole(model):
         return model
     for old in model.parent.glob(f"{family}-{size}-*"):
         shutil.rmtree(old)
@@ -153,8 +156,21 @@ def prepare_model(generation: Generation, work: Path, family: str, size: str) ->
         raise StepFailed(
             f"the model to train on could not be made: {error}", "`invoke setup` repairs the environment"
         ) from error
+    digests = {
+        str(path.relative_to(unfinished)): digest(path) for path in unfinished.rglob("*") if path.is_file()
+    }
+    write(unfinished / _DIGESTS, msgspec.json.encode(digests))
     unfinished.rename(model)
     return model
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether every file is as it was made: a disk that lost one must not look like a trainer that fails."""
+    try:
+        digests = msgspec.json.decode((model / _DIGESTS).read_bytes(), type=dict[str, str])
+        return all(digest(model / name) == made for name, made in digests.items())
+    except (OSError, msgspec.DecodeError):
+        return False
 
 
 def trainer_command(

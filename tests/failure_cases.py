@@ -346,6 +346,16 @@ CASES = {
             "INFO enable fp8 training for U-Net.",
         ),
     ),
+    "fp8-on-the-cpu": Cases(
+        settings=settings(
+            {"fp8_base": True, "mixed_precision": "no"}, {"fp8_base": False, "mixed_precision": "no"}
+        ),
+        log=log(
+            '  File "torch/nn/functional.py", line 3048, in group_norm\n'
+            "RuntimeError: mixed dtype (CPU): expect parameter to have scalar type of Float",
+            "RuntimeError: mixed dtype (CPU): expect parameter to have scalar type of Float",
+        ),
+    ),
     "full-half-precision": Cases(
         settings=settings({"full_fp16": True}, {"full_fp16": False, "save_precision": "fp16"}),
         log=log("AssertionError: full_fp16 requires mixed precision='fp16'", "enable full fp16 training."),
@@ -497,6 +507,16 @@ CASES = {
             '  File "site-packages/lycoris/modules/full.py", line 60, in x\n'
             "AttributeError: 'Linear' object has no attribute 'weight'",
             "AttributeError: 'Linear' object has no attribute 'weight'",
+        ),
+    ),
+    "boft-rank": Cases(
+        settings=settings(
+            {"network_module": "lycoris.kohya", "network_args": ["algo=boft"], "network_dim": 8},
+            {"network_module": "lycoris.kohya", "network_args": ["algo=boft"], "network_dim": 10},
+        ),
+        log=log(
+            "ValueError: It is impossible to decompose 320 with factor 4 under BOFT constraints.",
+            "INFO Use BOFT(5, 5) (equivalent to factor=10) for dim=320 and factor=16",
         ),
     ),
     "ckpt-runs-code": Cases(settings=files(_pickle("model.ckpt"), _pickle("model.ckpt.safetensors"))),

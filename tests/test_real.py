@@ -88,6 +88,17 @@ def test_the_built_in_step_trains_and_says_that_kohyas_trainer_was_not_run(
     assert "kohya's trainer was not run" in report.title
 
 
+def test_a_damaged_model_is_made_again(generation: Generation, apart: Settings) -> None:
+    work = Home(apart.home).verification
+    model = train_step.prepare_model(generation, work, "sd15", "small")
+    weights = model / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    good = weights.read_bytes()
+    assert train_step.prepare_model(generation, work, "sd15", "small") == model
+    weights.write_bytes(bytes(len(good)))
+    assert train_step.prepare_model(generation, work, "sd15", "small") == model
+    assert weights.read_bytes() == good
+
+
 def test_an_untrained_lora_does_not_pass(generation: Generation, apart: Settings) -> None:
     """Weights that are still zero fail the check that looks at them."""
     model = train_step.prepare_model(generation, Home(apart.home).verification, "sd15", "small")

@@ -148,6 +148,9 @@ def main() -> None:
         make_tokenizer(out / "tokenizers" / TOKENIZERS[1])
     pipeline = make_small_sdxl(tokenizer) if family == "sdxl" else make_sd15(tokenizer, size == "full")
     pipeline.save_pretrained(out / "model")
+    if family == "sdxl":
+        # What sd-scripts looks for when it trains in fp16 (library/sdxl_train_util.py).
+        pipeline.to(dtype=torch.float16).save_pretrained(out / "model", variant="fp16")
     if size == "small":
         (out / "model" / "made-small").touch()
     make_images(out / "images" / "2_shapes")

@@ -18,7 +18,7 @@ import msgspec
 from .. import constraints, isolated, settings
 from ..home import Home, held, write
 from ..report import Check, Report, Status, say
-from ..settings import Settings, profile_names
+from ..settings import PROBES, Settings, profile_names
 from . import operators, runner, table, verdict
 from .record import Record
 from .request import Request
@@ -164,9 +164,8 @@ def _code_digest() -> str:
     here = Path(__file__).parent
     files = [
         *sorted(here.glob("simulation/*.py")),
-        here / "record.py",
-        here / "operators.py",
-        here / "runner.py",
+        *(here / name for name in ("record.py", "operators.py", "runner.py")),
+        *(PROBES / name for name in ("make_model.py", "small_trainer.py")),
     ]
     content = b"".join(path.read_bytes() for path in (*files, *sorted(operators.DATA.glob("torch-*.json"))))
     return hashlib.sha256(content).hexdigest()
@@ -182,7 +181,12 @@ def _merged(new: list[Outcomes]) -> list[Outcomes]:
 
 def _check(outcomes: Outcomes) -> Check:
     count = sum(cell.trains for cell in outcomes.cells)
-    apart = [cell.name for cell in outcomes.cells if (cell.apart or 0) > verdict.TOLERANCE]
+    known = runner.trainings().options
+    apart = []
+    for cell in outcomes.cells:
+        training = Training(cell.name, outcomes.family, known.get(cell.name, ()))
+        if (cell.apart or 0) > verdict.tolerance(runner.precision(training, otherwise="no")):
+            apart.append(cell.name)
     detail = f"{count} of {len(outcomes.cells)} train"
     if apart:
         detail += f"; losses are not the CPU's: {', '.join(apart)}"

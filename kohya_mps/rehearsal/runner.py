@@ -138,7 +138,6 @@ def rehearse(wanted: Wanted) -> Report:
         run(stage, pair, jobs=1)
         simulated, on_cpu = (result(one) for one in pair)
     logs = {one.device: one.log for one in pair}
-    half = precision(training, stage.precision) != "no"
     return verdict.report(
         training.name,
         chosen.profile_name,
@@ -146,7 +145,7 @@ def rehearse(wanted: Wanted) -> Report:
         on_cpu,
         fallback=wanted.fallback,
         logs=logs,
-        tolerance=verdict.HALF_TOLERANCE if half else verdict.TOLERANCE,
+        precision=precision(training, stage.precision),
     )
 
 

@@ -29,7 +29,7 @@ def report(
     *,
     fallback: bool,
     logs: Mapping[str, str],
-    tolerance: float = TOLERANCE,
+    precision: str = "no",
 ) -> Report:
     """Judge a rehearsal against the same training on the CPU.
 
@@ -40,11 +40,11 @@ def report(
         on_cpu: the same on the CPU.
         fallback: whether ``PYTORCH_ENABLE_MPS_FALLBACK=1`` was assumed.
         logs: by device, the file with what the trainer printed.
-        tolerance: how far the losses may be from the CPU's, relative.
+        precision: the mixed precision that was trained in.
     """
     checks = (
         trained(simulated, on_cpu, logs),
-        losses(simulated, on_cpu, tolerance),
+        losses(simulated, on_cpu, precision),
         operators(simulated, fallback),
         *(finding(one, survived=not simulated.error) for one in simulated.findings),
     )
@@ -72,12 +72,17 @@ def trained(simulated: Record, on_cpu: Record, logs: Mapping[str, str]) -> Check
     return Check("training", Status.FAIL, f"{simulated.error}{at}{also}", f"its log: {logs.get('mps', '')}")
 
 
+def tolerance(precision: str) -> float:
+    """How far the losses of two correct devices may be apart, relative, in a mixed precision."""
+    return TOLERANCE if precision == "no" else HALF_TOLERANCE
+
+
 def same_error(simulated: Record, on_cpu: Record) -> bool:
     """Whether a training fails on the CPU as well: then MPS is not the reason."""
     return bool(simulated.error) and simulated.error == on_cpu.error
 
 
-def losses(simulated: Record, on_cpu: Record, tolerance: float) -> Check:
+def losses(simulated: Record, on_cpu: Record, precision: str) -> Check:
     """Whether the losses are those of the CPU, as far as rounding lets them."""
     if simulated.error or on_cpu.error:
         return Check("losses", Status.SKIP, "there is nothing to compare")
@@ -85,7 +90,7 @@ def losses(simulated: Record, on_cpu: Record, tolerance: float) -> Check:
     shown = ", ".join(f"{loss:.6f}" for loss in simulated.losses)
     return Check.of(
         "losses",
-        apart <= tolerance,
+        apart <= tolerance(precision),
         f"{shown}; {apart:.1e} relative from the CPU's",
         "the simulation, or an operator's decomposition, computes something else",
     )
