@@ -15,7 +15,7 @@ import msgspec
 import yaml
 
 from . import launch
-from .errors import StepFailed, UsageError
+from .errors import StepFailed, UsageError, restores
 from .generations import Generation
 from .home import Home, write
 from .report import Check, Report, Status
@@ -103,7 +103,7 @@ def _template(name: str) -> dict[str, object]:
     try:
         return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), dict[str, object])
     except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
-        raise UsageError(f"{path}: {error}", f"`git checkout {path.name}` restores it") from error
+        raise UsageError(f"{path}: {error}", restores(path)) from error
 
 
 def check_precision(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from packaging.markers import Marker
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from .errors import UsageError
+from .errors import UsageError, restores
 
 #: What a Mac answers to the markers of PEP 508; the operating system's own version is not used.
 MAC_ARM64: Mapping[str, str] = {
@@ -83,9 +83,7 @@ def read(path: Path) -> Lock:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: cannot be read: {error}", f"`git checkout {path.name}` restores it"
-        ) from error
+        raise UsageError(f"{path}: cannot be read: {error}", restores(path)) from error
     pins = tuple(_pin(path, number, line) for number, line in _logical_lines(text))
     if not pins:
         raise UsageError(f"{path}: holds no pins", "`nox -s lock` makes it again")
@@ -110,7 +108,7 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _pin(path: Path, number: int, line: str) -> Pin:
     specification, *hashes = (part.strip() for part in line.split("--hash="))
-    remedy = f"`git checkout {path.name}` restores it, `nox -s lock` makes it again"
+    remedy = f"{restores(path)}, `nox -s lock` makes it again"
     try:
         requirement = Requirement(specification)
     except InvalidRequirement as error:

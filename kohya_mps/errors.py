@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 GOOD = 0
 FAILED = 1
 USAGE = 2
@@ -48,3 +51,8 @@ class Stopped(KohyaError):
     """The person ended it, and what was done so far is kept (exit code 130)."""
 
     exit_code = INTERRUPTED
+
+
+def restores(path: Path) -> str:
+    """The remedy for a file of this project's own that was spoilt."""
+    return f"`git checkout -- {shlex.quote(str(path))}` restores it"

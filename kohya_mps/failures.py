@@ -18,7 +18,7 @@ import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from .errors import UsageError
+from .errors import UsageError, restores
 from .home import write
 from .report import Check, Status
 from .settings import CONFIG, Profile, read_yaml
@@ -157,7 +157,7 @@ def load(path: Path = PATH) -> tuple[Failure, ...]:
     known = read_yaml(path, _File).failures
     for index, failure in enumerate(known):
         if problem := _problem(failure, known[:index]):
-            raise UsageError(f"{path}: {failure.id}: {problem}", f"`git checkout {path.name}` restores it")
+            raise UsageError(f"{path}: {failure.id}: {problem}", restores(path))
     return known
 
 

@@ -21,7 +21,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from . import constraints, settings
-from .errors import StepFailed, UsageError
+from .errors import StepFailed, UsageError, restores
 from .home import write
 from .process import capture, scrubbed, uv
 from .report import Check, Report, Status, say
@@ -379,9 +379,7 @@ def _check(name: str) -> list[Check]:
         edited = "\n".join(
             ["was edited after uv wrote it", *_contradictions(asked, lock), *_git_diff(target)]
         )
-        checks.append(
-            Check(target.name, Status.FAIL, edited, f"{again}; `git checkout {target.name}` restores it")
-        )
+        checks.append(Check(target.name, Status.FAIL, edited, f"{again}; {restores(target)}"))
     for culprit, reason in _forbidden_in(lock):
         checks.append(
             Check(
@@ -450,9 +448,7 @@ def _read(source: Path) -> str:
     try:
         return source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{source}: cannot be read: {error}", f"`git checkout {source.name}` restores it"
-        ) from error
+        raise UsageError(f"{source}: cannot be read: {error}", restores(source)) from error
 
 
 def _is_day(text: str) -> bool:

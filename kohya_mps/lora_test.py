@@ -54,7 +54,7 @@ def test(settings: Settings, place: Path) -> Report:
     run = runs.find(place)
     record, lora = run.record(), run.lora()
     if lora is None:
-        raise UsageError(f"{run.path} has no LoRA yet", f"`invoke logs {run.path}` shows how far it is")
+        raise UsageError(f"{run.path} has no LoRA yet", f"`invoke logs {run.typed}` shows how far it is")
     generation = installed(Home(settings.home))
     prompt = _prompt(run)
     training, _ = typed(read(run.settings).settings, text=False)

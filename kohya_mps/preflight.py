@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -449,6 +450,6 @@ def _next(found: list[Finding], question: Question) -> tuple[str, ...]:
     if any(finding.rule.change for finding in found):
         return (
             "",
-            f"`invoke preflight {question.file} --fix OUT` writes a copy with what can be mended mended.",
+            f"`invoke preflight {shlex.quote(str(question.file))} --fix OUT` writes a copy with what can be mended mended.",
         )
     return ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import string
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import yaml
 
 from . import base_model, runs
 from .base_model import Form
-from .errors import UsageError
+from .errors import UsageError, restores
 from .report import Check, Report, Status
 from .settings import CONFIG, Settings, expected_device
 
@@ -91,7 +92,7 @@ def presets() -> dict[str, Preset]:
     try:
         return msgspec.convert(yaml.safe_load(_PRESETS.read_text(encoding="utf-8")), dict[str, Preset])
     except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
-        raise UsageError(f"{_PRESETS}: {error}", f"`git checkout {_PRESETS.name}` restores it") from error
+        raise UsageError(f"{_PRESETS}: {error}", restores(_PRESETS)) from error
 
 
 def new(settings: Settings, wanted: Wanted) -> Report:
@@ -131,7 +132,7 @@ def new(settings: Settings, wanted: Wanted) -> Report:
     extra = {"project": str(place), "settings": str(place / runs.SETTINGS), "model": model}
     lines = (
         "",
-        f"invoke train {wanted.place}",
+        f"invoke train {shlex.quote(str(wanted.place))}",
         f"Its settings are in {wanted.place / runs.SETTINGS}; read them once.",
     )
     return Report(f"Project {name}", checks, extra, lines)

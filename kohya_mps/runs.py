@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -143,6 +144,11 @@ class Run(msgspec.Struct, frozen=True):
     """The places in a run's directory."""
 
     path: Path
+
+    @property
+    def typed(self) -> str:
+        """Its path as it is typed behind a command."""
+        return shlex.quote(str(self.path))
 
     @property
     def settings(self) -> Path:
@@ -325,7 +331,9 @@ def find(place: Path) -> Run:
     if path.is_file():
         found = [p for p in found if Run(p).record().settings == str(path)]
     if not found:
-        raise UsageError(f"{place}: there is no run of it", f"`invoke train {place}` starts one")
+        raise UsageError(
+            f"{place}: there is no run of it", f"`invoke train {shlex.quote(str(place))}` starts one"
+        )
     return Run(found[-1])
 
 
@@ -348,7 +356,7 @@ def resumable(run: Run) -> Saved:
     """
     state = _settled(run)
     if state is State.RUNNING:
-        raise UsageError(f"{run.path} is still running", f"`invoke logs {run.path}` shows it")
+        raise UsageError(f"{run.path} is still running", f"`invoke logs {run.typed}` shows it")
     if state is State.FINISHED:
         raise UsageError(
             f"{run.path} is finished: nothing is left to train", "`invoke train` starts a new run"

@@ -14,7 +14,7 @@ import msgspec
 import yaml
 from packaging.version import Version
 
-from .errors import UsageError
+from .errors import UsageError, restores
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config"
@@ -209,9 +209,7 @@ def read_yaml(path: Path, kind: type[T]) -> T:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 -- both are safe
     except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read: {error.strerror}", f"`git checkout {path.name}` restores it"
-        ) from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", restores(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     try:

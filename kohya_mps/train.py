@@ -8,6 +8,7 @@ run can damage what another one made.
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import subprocess
 import threading
@@ -152,7 +153,7 @@ def _preflight(settings: Settings, planned: Plan) -> None:
         listed = "\n".join(f"  {row.name}: {row.detail}\n    -> {row.fix}" for row in bad)
         raise StepFailed(
             f"this training cannot work here:\n{listed}",
-            f"mend that (`invoke preflight {planned.file.path} --fix OUT` writes a corrected copy), "
+            f"mend that (`invoke preflight {shlex.quote(str(planned.file.path))} --fix OUT` writes a corrected copy), "
             "or train all the same with `--no-preflight`",
         )
 
@@ -281,7 +282,9 @@ def stop(place: Path) -> Report:
     """``invoke stop``: ask the trainer to save its state and end, and wait until it has."""
     run = runs.find(place)
     if run.state() is not State.RUNNING:
-        raise UsageError(f"{run.path} does not run: it {_STATES[run.state()]}", f"`invoke report {run.path}`")
+        raise UsageError(
+            f"{run.path} does not run: it {_STATES[run.state()]}", f"`invoke report {run.typed}`"
+        )
     run.stop_file.touch()
     say(f"{run.path}: the trainer saves its state after this step and ends")
     while run.state() is State.RUNNING:
@@ -296,7 +299,7 @@ def logs(place: Path, *, whole: bool = False) -> Report:
         progress.follow(run, lambda: run.state() is State.RUNNING, whole_log=whole)
     except KeyboardInterrupt:
         raise Stopped(
-            f"{run.path} goes on", f"`invoke stop {run.path}` saves its state and ends it"
+            f"{run.path} goes on", f"`invoke stop {run.typed}` saves its state and ends it"
         ) from None
     return conclude(run)
 
@@ -317,8 +320,8 @@ def _detached(run: Run) -> Report:
         {"run": str(run.path)},
         (
             "",
-            f"invoke logs {run.path}     shows how it goes",
-            f"invoke stop {run.path}     saves its state and ends it",
+            f"invoke logs {run.typed}     shows how it goes",
+            f"invoke stop {run.typed}     saves its state and ends it",
         ),
     )
 
@@ -372,7 +375,7 @@ def conclude(run: Run) -> Report:
         "log": str(run.log),
     }
     next_lines = (
-        ("", f"invoke report {run.path}", f"invoke test-lora {run.path}") if state is State.FINISHED else ()
+        ("", f"invoke report {run.typed}", f"invoke test-lora {run.typed}") if state is State.FINISHED else ()
     )
     return Report(f"Run {run.path}", tuple(checks), extra, next_lines)
 
@@ -381,4 +384,4 @@ def _go_on(run: Run) -> str:
     saved = run.saved()
     if saved is None:
         return "no state was saved yet: `invoke train` starts anew"
-    return f"`invoke train {run.path} --resume` goes on after step {saved.step}"
+    return f"`invoke train {run.typed} --resume` goes on after step {saved.step}"
