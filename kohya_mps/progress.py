@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .report import say
-from .runs import Begun, Run, Step
+from .runs import Begun, Run, Step, durations
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -71,11 +71,17 @@ class View(msgspec.Struct):
         scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
         return "".join(_BARS[round((value - low) * scale)] for value in picked)
 
+    def durations(self) -> list[float]:
+        """Seconds that the steps took which were timed, pauses left out."""
+        return list(durations(self.steps, self.run.record().resumed).values())
+
     def left(self) -> float | None:
-        """Seconds until the last step, at the present pace."""
-        if self.begun is None or len(self.steps) < 2:
+        """Seconds until the last step: at the present pace, with samples and saves as often as so far."""
+        spans = self.durations()
+        if self.begun is None or not spans:
             return None
-        return (self.begun.total - self.steps[-1].step) * pace(self.steps)
+        besides = statistics.fmean(spans) - statistics.median(spans)
+        return (self.begun.total - self.steps[-1].step) * max(0.0, pace(self.steps) + besides)
 
 
 def pace(steps: list[Step]) -> float:
@@ -164,7 +170,7 @@ def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
 
 def _times(view: View) -> str:
     left = view.left()
-    elapsed = view.steps[-1].time - view.steps[0].time
+    elapsed = sum(view.durations())
     remaining = f"   {_duration(left)} left" if left is not None else ""
     return f"{pace(view.steps):.2f} s per step   {_duration(elapsed)} so far{remaining}"
 

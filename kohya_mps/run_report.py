@@ -21,7 +21,7 @@ from .home import Home, write
 from .install import installed
 from .process import stream
 from .report import Check, Report, Status, say
-from .runs import Run, State, Step
+from .runs import Resumption, Run, State, Step, durations
 from .settings import Settings
 
 # As many columns as can be compared at a glance; a long run's samples are picked evenly.
@@ -88,7 +88,7 @@ def html(settings: Settings, run: Run) -> str:
     sections = [
         _head(run, steps),
         _checks(concluded.checks),
-        _curves(steps, [again.step for again in record.resumed]),
+        _curves(steps, record.resumed),
         _rendered(run),
         _samples(run),
         _settings(run),
@@ -113,7 +113,10 @@ def _head(run: Run, steps: list[Step]) -> str:
             ("average loss", f"{steps[-1].average:.4f}"),
             ("seconds per step", f"{progress.pace(steps):.2f}"),
             ("memory at the peak", f"{max(step.memory for step in steps) / 1e9:.2f} GB"),
-            ("time in steps", str(datetime.timedelta(seconds=round(sum(_spans(steps)))))),
+            (
+                "time in steps",
+                str(datetime.timedelta(seconds=round(sum(durations(steps, record.resumed).values())))),
+            ),
         ]
     if begun:
         processes = f" × {begun.processes}" if begun.processes > 1 else ""
@@ -138,7 +141,7 @@ def _checks(checks: Iterable[Check]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _curves(steps: list[Step], resumed: list[int]) -> str:
+def _curves(steps: list[Step], resumed: tuple[Resumption, ...]) -> str:
     losses = chart.lines(
         "loss by step",
         [
@@ -147,16 +150,17 @@ def _curves(steps: list[Step], resumed: list[int]) -> str:
         ],
     )
     rates = chart.lines("learning rate by step", _rates(steps))
-    spans = _spans(steps)
-    # A pause before a resumed run, or a step that drew samples, would hide all others.
-    highest = 3 * statistics.median(spans) if spans else None
+    timed = durations(steps, resumed)
+    # A step that drew samples would hide all others.
+    highest = 3 * statistics.median(timed.values()) if timed else None
     times = chart.lines(
         "seconds by step",
-        [Series("seconds per step", [(s.step, t) for s, t in zip(steps[1:], spans, strict=True)], "one")],
+        [Series("seconds per step", list(timed.items()), "one")],
         highest=highest,
     )
-    note = f"<p class=note>resumed after step {', '.join(map(str, resumed))}</p>" if resumed else ""
-    cut = "<p class=note>cut off at three times the median</p>" if spans else ""
+    after = ", ".join(str(again.step) for again in resumed)
+    note = f"<p class=note>resumed after step {after}</p>" if resumed else ""
+    cut = "<p class=note>cut off at three times the median</p>" if timed else ""
     return f"<h2>Loss</h2>{losses}{note}<h2>Learning rate</h2>{rates}<h2>Step times</h2>{times}{cut}"
 
 
@@ -168,10 +172,6 @@ def _rates(steps: list[Step]) -> list[Series]:
         together.setdefault(points, []).append(name)
     styles = itertools.cycle(("one", "three", "two"))
     return [Series(", ".join(names), points, next(styles)) for points, names in together.items()]
-
-
-def _spans(steps: list[Step]) -> list[float]:
-    return [after.time - before.time for before, after in itertools.pairwise(steps)]
 
 
 def _rendered(run: Run) -> str:

@@ -8,11 +8,13 @@ every question about a run is answered from its files: a run goes on when the te
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import re
 import shlex
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
@@ -278,6 +280,19 @@ class Run(msgspec.Struct, frozen=True):
         checkpoints = [p for p in self.output.glob("[!.]*.safetensors") if p != final]
         latest = max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
         return final if final.is_file() else latest
+
+
+def durations(steps: list[Step], resumed: Iterable[Resumption]) -> dict[int, float]:
+    """Seconds that each step took, by its number.
+
+    The first one has none, and neither has the first one after a pause: nobody knows when it began.
+    """
+    pauses = {again.step for again in resumed}
+    return {
+        after.step: after.time - before.time
+        for before, after in itertools.pairwise(steps)
+        if before.step not in pauses
+    }
 
 
 def _decode(path: Path, kind: type[T]) -> T | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 from training_runs import made, step_line
 
 from kohya_mps import progress
 from kohya_mps.progress import Tail, View
-from kohya_mps.runs import Begun, Run, Step
+from kohya_mps.runs import Begun, Resumption, Run, Step
 
 
 @pytest.fixture
@@ -48,6 +49,26 @@ def test_the_time_left_follows_from_the_pace(run: Run) -> None:
     view = View(run, Begun(40, "cpu", 1, 1), made_steps)
 
     assert view.left() == pytest.approx(10.0)
+
+
+def test_the_time_left_has_room_for_as_many_samples_as_there_were(run: Run) -> None:
+    # One step of ten draws samples, which takes nine seconds more.
+    times = [n * 0.5 + (9 if n > 10 else 0) + (9 if n > 20 else 0) for n in range(1, 22)]
+    lines = [step_line(n, seconds=time / n) for n, time in enumerate(times, 1)]
+    view = View(run, Begun(41, "cpu", 1, 1), steps(run, *lines))
+
+    assert view.left() == pytest.approx(20 * (0.5 + 0.9), rel=1e-6)
+
+
+def test_a_night_before_a_resumption_counts_neither_as_done_nor_as_left(run: Run) -> None:
+    night = [step_line(n, seconds=0.5 + 40_000 / n) for n in range(11, 21)]
+    run.save(
+        msgspec.structs.replace(run.record(), resumed=(Resumption("2026-01-02T14:00:00+00:00", 10, "g"),))
+    )
+    view = View(run, Begun(40, "cpu", 1, 1), steps(run, *[step_line(n) for n in range(1, 11)], *night))
+
+    assert sum(view.durations()) == pytest.approx(9.0, rel=1e-3)
+    assert view.left() == pytest.approx(10.0, rel=1e-3)
 
 
 def test_the_curve_falls_when_the_loss_falls(run: Run) -> None:
