@@ -7,13 +7,16 @@ environment, the operator data nor the simulation has changed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
+import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from .. import constraints, isolated, settings
 from ..home import Home, held, write
@@ -125,7 +128,8 @@ def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted)
         if not all((places[one.name] / device / "record.json").exists() for device in ("mps", "cpu")):
             pending += runner.requests(stage, one, places[one.name], fallback=False)
     say(f"  {family}: {len(everything)} trainings, {len(pending) // 2} of them to be rehearsed")
-    runner.run(stage, pending, wanted.jobs)
+    with _memory_shared(wanted.jobs):
+        runner.run(stage, pending, wanted.jobs)
     cells = [
         tuple(
             table.cell(one.name, _record(places[one.name], "mps"), _record(places[one.name], "cpu"))
@@ -138,6 +142,18 @@ def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted)
     versions = constraints.read(chosen.profile.lock_file).versions(constraints.LINUX_X86_64)
     telling = {name: versions[name] for name in _TELLING}
     return Outcomes(chosen.profile_name, family, _today(), telling, *cells)
+
+
+@contextlib.contextmanager
+def _memory_shared(jobs: int) -> Iterator[None]:
+    """Let no training take more than its share of the memory: that one fails, and not the machine."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    share = psutil.virtual_memory().available // jobs
+    resource.setrlimit(resource.RLIMIT_DATA, (share, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _place(stage: Stage, training: Training, code: str) -> Path:
