@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kohya_mps.rehearsal import matrix, record, runner, table, verdict
@@ -200,6 +203,17 @@ def test_each_network_and_each_optimizer_is_met_and_thoroughly_each_by_each() ->
     assert len(once) == len(known.networks) + len(known.optimizers) - 1
     assert {"lora with Lion", "oft with AdamW"} < set(once)
     assert len(every) == len(known.networks) * len(known.optimizers)
+
+
+def test_a_training_gets_no_more_memory_than_its_share() -> None:
+    jobs = psutil.virtual_memory().available // 1_000_000_000
+    take = [sys.executable, "-c", "taken = bytearray(1_500_000_000)"]
+
+    with matrix.memory_shared(jobs):
+        refused = subprocess.run(take, check=False, capture_output=True, text=True)
+
+    assert "MemoryError" in refused.stderr
+    subprocess.run(take, check=True)
 
 
 def test_an_option_stands_alone_with_the_plainest_network_and_optimizer() -> None:

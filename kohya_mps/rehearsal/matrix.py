@@ -128,7 +128,7 @@ def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted)
         if not all((places[one.name] / device / "record.json").exists() for device in ("mps", "cpu")):
             pending += runner.requests(stage, one, places[one.name], fallback=False)
     say(f"  {family}: {len(everything)} trainings, {len(pending) // 2} of them to be rehearsed")
-    with _memory_shared(wanted.jobs):
+    with memory_shared(wanted.jobs):
         runner.run(stage, pending, wanted.jobs)
     cells = [
         tuple(
@@ -145,7 +145,7 @@ def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted)
 
 
 @contextlib.contextmanager
-def _memory_shared(jobs: int) -> Iterator[None]:
+def memory_shared(jobs: int) -> Iterator[None]:
     """Let no training take more than its share of the memory: that one fails, and not the machine."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     share = psutil.virtual_memory().available // jobs
