@@ -24,12 +24,14 @@ class Form(StrEnum):
 
 class Model(msgspec.Struct, frozen=True):
     """What is known of a model: ``family`` is a key of ``config/models.yaml``, ``flux`` or
-    ``sd3``, empty when it cannot be told; ``parameters`` by part, of those that were read."""
+    ``sd3``, empty when it cannot be told; ``parameters`` by part, of those that were read;
+    ``fp16`` whether a diffusers folder has the weights in fp16 besides."""
 
     form: Form
     detail: str
     family: str = ""
     parameters: dict[str, int] = {}
+    fp16: bool = False
 
 
 # One key of each family's single-file checkpoints. The order matters: SDXL has 1.5's text encoder too.
@@ -125,7 +127,8 @@ def _diffusers(path: Path) -> Model:
                 parameters[part] = parameters.get(part, 0) + sum(_header(file).values())
             except _Damaged as error:
                 return Model(Form.DAMAGED, f"{file} {error}")
-    return Model(Form.DIFFUSERS, f"{path} (diffusers)", _family(path, pipeline), parameters)
+    fp16 = any((path / "unet").glob("*.fp16.*"))
+    return Model(Form.DIFFUSERS, f"{path} (diffusers)", _family(path, pipeline), parameters, fp16)
 
 
 def _family(path: Path, pipeline: str) -> str:

@@ -52,6 +52,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     wrong_types: str | None
     model_form: str | None
     model_detail: str | None
+    model_has_fp16: bool | None
     vae_form: str | None
     vae_detail: str | None
     tokenizer_at_hand: bool
@@ -270,6 +271,7 @@ def _facts(looked: Looked, situation: Situation, base: Path, memory_gb: float | 
         wrong_types=_listed([f"{w.name} is {w.found!r}, not {w.wanted}" for w in looked.wrong]),
         model_form=looked.model.form if looked.model else None,
         model_detail=looked.model.detail if looked.model else None,
+        model_has_fp16=looked.model.fp16 if looked.model else None,
         vae_form=looked.vae.form if looked.vae else None,
         vae_detail=looked.vae.detail if looked.vae else None,
         tokenizer_at_hand=_has_tokenizer(training, base),

@@ -119,6 +119,17 @@ def _model(family: str, cut: int = 0) -> Make:
     return make
 
 
+def _sdxl_folder(*weights: str) -> Make:
+    def make(world: World) -> Path:
+        world.write("model_index.json", '{"_class_name": "StableDiffusionXLPipeline"}')
+        (world.root / "unet").mkdir()
+        for name in weights:
+            world.safetensors(world.root / "unet" / name)
+        return world.toml(pretrained_model_name_or_path=str(world.root), mixed_precision="fp16")
+
+    return make
+
+
 def _pickle(name: str) -> Make:
     def make(world: World) -> Path:
         path = world.root / name
@@ -557,6 +568,16 @@ CASES = {
         log=log(
             "safetensors_rust.SafetensorError: Error while deserializing header: MetadataIncompleteBuffer",
             "deserializing the header took 3 ms",
+        ),
+    ),
+    "sdxl-folder-without-fp16": Cases(
+        settings=files(
+            _sdxl_folder("model.safetensors"), _sdxl_folder("model.safetensors", "model.fp16.safetensors")
+        ),
+        log=log(
+            "ValueError: You are trying to load the model files of the `variant=fp16`, but no such modeling\n"
+            "files are available.",
+            "INFO load Diffusers pretrained models: model, variant=fp16",
         ),
     ),
     "no-pictures": Cases(
