@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from wheelhouse import pin, wheel
 
@@ -90,6 +92,9 @@ def running_as(program: Path) -> Iterator[int]:
     """A process that was started under this name; its number."""
     process = subprocess.Popen([str(program), "60"], executable=shutil.which("sleep"))
     try:
+        # A process that has just become its own program has no command line for a moment.
+        while not psutil.Process(process.pid).cmdline():
+            time.sleep(0.001)
         yield process.pid
     finally:
         process.kill()
