@@ -217,7 +217,7 @@ class _Tree:
 
     def _exclude(self, pattern: str) -> None:
         """Keep what is ours, or was set aside, out of git's sight and away from ``git clean``."""
-        exclude = self._git_dir() / "info" / "exclude"
+        exclude = _repository(self.path) / "info" / "exclude"
         known = exclude.read_bytes() if exclude.exists() else b""
         if pattern.encode() not in known.splitlines():
             exclude.parent.mkdir(exist_ok=True)
@@ -257,7 +257,7 @@ class _Tree:
             raise _Damaged("HEAD names no commit")
         if here not in ("", commit) and not self.is_submodule:
             self._refuse_other_projects()
-        if here and not (self._git_dir() / "index").exists():
+        if here and not (_repository(self.path) / "index").exists():
             self._git("reset", "--quiet")  # else every file counts as deleted and as unknown
         changed = self._local_changes() if here else []
         if changed and not stash:
@@ -314,7 +314,7 @@ class _Tree:
 
     def _drop_locks(self) -> None:
         """Nobody else is at work here, this run holds the home: a lock is a killed run's."""
-        places = {self._git_dir(), Path(_git(self.home.root, "rev-parse", "--absolute-git-dir").strip())}
+        places = {_repository(self.path), _repository(self.home.root)}
         for place in places:
             for lock in (*place.glob("*.lock"), *(place / "refs").rglob("*.lock")):
                 lock.unlink()
@@ -344,7 +344,7 @@ class _Tree:
             self._git("remote", "add", "origin", url)
         say(f"  fetching {commit[:12]} from {without_secret(url)}")
         # A complete clone of the user's must not become a shallow one.
-        is_complete = self._has("HEAD") and not (self._git_dir() / "shallow").exists()
+        is_complete = self._has("HEAD") and not (_repository(self.path) / "shallow").exists()
         one = self._download(*([] if is_complete else ["--depth", "1"]), url, commit)
         if one.returncode == 0 and self._has(commit):
             return
@@ -353,7 +353,7 @@ class _Tree:
         _check_room(one.tail)
         self._check_whole()
         say("  that commit alone was not given: trying all branches and tags")
-        shallow = ["--unshallow"] if (self._git_dir() / "shallow").exists() else []
+        shallow = ["--unshallow"] if (_repository(self.path) / "shallow").exists() else []
         refs = ["+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*"]
         everything = self._download(*shallow, url, *refs)
         if everything.returncode and shallow:
@@ -446,9 +446,6 @@ class _Tree:
     def _shown(self, *arguments: str) -> str:
         """A git command as the user types it."""
         return shlex.join(["git", "-C", str(self.path), *arguments])
-
-    def _git_dir(self) -> Path:
-        return Path(self._git("rev-parse", "--absolute-git-dir").strip())
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return capture([*_command(self.path), *arguments], env=_environment(self.path))
