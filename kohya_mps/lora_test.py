@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from . import launch, run_report, runs
+from . import launch, pictures, run_report, runs
 from .errors import StepFailed, UsageError
 from .home import Home
 from .install import installed
@@ -105,7 +105,7 @@ def test(settings: Settings, place: Path) -> Report:
 def _model(run: Run) -> str:
     """The base model: a path in full, or a name on Hugging Face."""
     record = run.record()
-    path = Path(record.base) / Path(record.model).expanduser()
+    path = pictures.place(record.model, Path(record.base))
     return str(path) if path.exists() else record.model
 
 

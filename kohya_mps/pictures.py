@@ -17,8 +17,10 @@ from .training import Training, typed
 from .training_file import parse_toml, read_text
 
 # sd-scripts 2e0fcc50, library/train_util.py, line 104: small or capital letters, no mixture.
-_ENDINGS = tuple(e for small in (".png", ".jpg", ".jpeg", ".webp", ".bmp") for e in (small, small.upper()))
-_OTHER_PICTURES = frozenset({".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".jxl", ".jfif"})
+SMALL_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_ENDINGS = tuple(e for small in SMALL_ENDINGS for e in (small, small.upper()))
+# What cameras and browsers save besides.
+OTHER_PICTURES = frozenset({".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".jxl", ".jfif"})
 _CAPTIONS = (".txt", ".caption", ".cap", ".tags", ".tag")
 
 
@@ -188,7 +190,7 @@ def _caption_problem(path: Path) -> str:
 
 def _is_picture(name: str) -> bool:
     ending = Path(name).suffix.lower()
-    return not name.startswith(".") and (ending in _OTHER_PICTURES or ending in _ENDINGS)
+    return not name.startswith(".") and (ending in OTHER_PICTURES or ending in _ENDINGS)
 
 
 def _names(path: Path) -> list[str]:

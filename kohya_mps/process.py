@@ -13,11 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
 from .errors import StepFailed
+
+if TYPE_CHECKING:
+    import psutil
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
@@ -279,30 +282,28 @@ def end_leftovers(mark: str) -> int:
     Returns:
         How many processes were ended.
     """
-    import psutil
-
-    left: list[int] = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(RUN_MARK) == mark:
-                left.append(process.pid)
-    end_tree(left)
+    left = others(lambda process: process.environ().get(RUN_MARK) == mark)
+    end_tree(process.pid for process in left)
     return len(left)
 
 
 def running_from(*directories: Path) -> list[int]:
     """The processes whose program or script, as they were started, lies in one of these directories."""
+    prefixes = tuple(f"{directory}{os.sep}" for directory in directories)
+    found = others(lambda process: any(part.startswith(prefixes) for part in process.cmdline()[:2]))
+    return sorted(process.pid for process in found)
+
+
+def others(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """The processes besides this one that are wanted, of those that may be looked at."""
     import psutil
 
-    prefixes = tuple(f"{directory}{os.sep}" for directory in directories)
-    found: list[int] = []
+    found: list[psutil.Process] = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and any(
-                part.startswith(prefixes) for part in process.cmdline()[:2]
-            ):
-                found.append(process.pid)
-    return sorted(found)
+            if process.pid != os.getpid() and wanted(process):
+                found.append(process)
+    return found
 
 
 class _Passer:

@@ -171,8 +171,8 @@ def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
 def _times(view: View) -> str:
     left = view.left()
     elapsed = sum(view.durations())
-    remaining = f"   {_duration(left)} left" if left is not None else ""
-    return f"{pace(view.steps):.2f} s per step   {_duration(elapsed)} so far{remaining}"
+    remaining = f"   {duration(left)} left" if left is not None else ""
+    return f"{pace(view.steps):.2f} s per step   {duration(elapsed)} so far{remaining}"
 
 
 def _plain(run: Run, running: Callable[[], bool]) -> None:
@@ -219,5 +219,6 @@ def _rates(step: Step) -> str:
     return ", ".join(f"{value:.2e}" for value in values)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as it is shown: hours, minutes and seconds."""
     return str(datetime.timedelta(seconds=round(seconds)))

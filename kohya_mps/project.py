@@ -20,6 +20,7 @@ import yaml
 from . import base_model, runs
 from .base_model import Form
 from .errors import UsageError, restores
+from .pictures import OTHER_PICTURES, SMALL_ENDINGS
 from .report import Check, Report, Status
 from .settings import CONFIG, Settings, expected_device
 
@@ -29,10 +30,6 @@ PROMPTS = "prompts.txt"
 _TEMPLATES = CONFIG / "templates"
 _PRESETS = CONFIG / "presets.yaml"
 
-# What the trainer reads (sd-scripts 2e0fcc50, library/train_util.py, line 104), and what
-# cameras and browsers save besides.
-_READ = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-_NOT_READ = frozenset({".heic", ".heif", ".avif", ".gif", ".tif", ".tiff", ".jxl", ".jfif"})
 _CAPTIONS = (".txt", ".caption")
 
 # An epoch should show about this many pictures: fewer make the moving average mean little,
@@ -171,7 +168,7 @@ def folders(images: Path, name: str) -> tuple[Folder, ...]:
     if not pictures:
         raise UsageError(
             f"--images: {images} holds no picture that the trainer reads",
-            f"accepted: {', '.join(sorted(_READ))}",
+            f"accepted: {', '.join(sorted(SMALL_ENDINGS))}",
         )
     repeats = max(1, min(_MOST_REPEATS, _EPOCH // len(pictures)))
     return (Folder(repeats, name, pictures),)
@@ -179,7 +176,7 @@ def folders(images: Path, name: str) -> tuple[Folder, ...]:
 
 def _pictures(folder: Path) -> Iterator[Picture]:
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _READ and not path.name.startswith(".") and path.is_file():
+        if path.suffix.lower() in SMALL_ENDINGS and not path.name.startswith(".") and path.is_file():
             beside = (path.with_suffix(ending) for ending in _CAPTIONS)
             yield Picture(path, next((caption for caption in beside if caption.is_file()), None))
 
@@ -255,7 +252,7 @@ def _picture_checks(images: Path, found: tuple[Folder, ...]) -> Iterator[Check]:
     pictures = [picture for folder in found for picture in folder.pictures]
     yield Check("pictures", Status.PASS, f"{len(pictures)} linked from {images}")
     unread = sorted(
-        p.name for p in images.rglob("*") if p.suffix.lower() in _NOT_READ and not p.name.startswith(".")
+        p.name for p in images.rglob("*") if p.suffix.lower() in OTHER_PICTURES and not p.name.startswith(".")
     )
     if unread:
         listed = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")

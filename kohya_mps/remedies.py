@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from . import base_model, explain, pictures
 from .estimate import estimate
 from .report import Check, Status
 from .runs import Run, State
+from .settings import memory_gb
 from .training import Training, typed
 from .training_file import read
 
@@ -76,8 +76,7 @@ def _not_finite(error: str) -> Check:
 def _memory(run: Run, what: str) -> Check:
     savings = tuple(_savings(run))
     listed = "; ".join(f"{saving.change} (about {saving.peak_gb:.1f} GB)" for saving in savings)
-    here = psutil.virtual_memory().total / 1e9
-    fix = f"predicted peaks, each with those before it, of this machine's {here:.0f} GB: {listed}" if listed else (
+    fix = f"predicted peaks, each with those before it, of this machine's {memory_gb():.0f} GB: {listed}" if listed else (
         "close other programs; the settings leave nothing more to save"
     )  # fmt: skip
     return Check("memory", Status.FAIL, what, fix)

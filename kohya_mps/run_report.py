@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import itertools
 import os
 import re
@@ -113,10 +112,7 @@ def _head(run: Run, steps: list[Step]) -> str:
             ("average loss", f"{steps[-1].average:.4f}"),
             ("seconds per step", f"{progress.pace(steps):.2f}"),
             ("memory at the peak", f"{max(step.memory for step in steps) / 1e9:.2f} GB"),
-            (
-                "time in steps",
-                str(datetime.timedelta(seconds=round(sum(durations(steps, record.resumed).values())))),
-            ),
+            ("time in steps", progress.duration(sum(durations(steps, record.resumed).values()))),
         ]
     if begun:
         processes = f" × {begun.processes}" if begun.processes > 1 else ""

@@ -22,6 +22,7 @@ from . import (
     checkout,
     constraints,
     launch,
+    pictures,
     preflight,
     progress,
     receipt,
@@ -129,7 +130,7 @@ def plan(home: Home, file: Path, base: Path | None) -> Plan:
             raise UsageError(f"{file}: {name} is not set: `invoke train` trains LoRA", f"{name} = {example}")
     base = base or training_file.base(found)
     named = str(found.settings["pretrained_model_name_or_path"])
-    model = base_model.look(named, base / Path(named).expanduser())
+    model = base_model.look(named, pictures.place(named, base))
     if model.form in (Form.MISSING, Form.DAMAGED):
         raise UsageError(f"{file}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file")
     if model.family and model.family not in _TRAINERS:
@@ -192,7 +193,7 @@ def trainer_arguments(planned: Plan, run: Run) -> list[str]:
 
 def _is_small(planned: Plan) -> bool:
     told = str(planned.file.settings["pretrained_model_name_or_path"])
-    return (planned.base / Path(told).expanduser() / SMALL_MARK).is_file()
+    return (pictures.place(told, planned.base) / SMALL_MARK).is_file()
 
 
 def begin(settings: Settings, generation: Generation, planned: Plan) -> tuple[Run, subprocess.Popen[bytes]]:

@@ -19,6 +19,7 @@ import yaml
 from .. import generations, inventory
 from ..generations import Generation
 from ..home import Home
+from ..process import others
 from ..report import Check, Status, say
 from ..settings import ROOT, Settings
 
@@ -288,12 +289,7 @@ def _finish(process: subprocess.Popen[str]) -> Ran:
 
 def processes_of(home: Home) -> list[psutil.Process]:
     """The processes that work on a home: all of ours carry its variable."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get("KOHYA_HOME") == str(home.root):
-                found.append(process)
-    return found
+    return others(lambda process: process.environ().get("KOHYA_HOME") == str(home.root))
 
 
 def end_processes(home: Home) -> None:
