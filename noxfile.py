@@ -10,7 +10,7 @@ import nox
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # plain `nox` does not, and the sessions call the package
 
-from kohya_mps import front, settings  # noqa: E402
+from kohya_mps.core import cli, settings  # noqa: E402
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -46,57 +46,57 @@ def real(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def venv(session: nox.Session) -> None:
     """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
-    from kohya_mps import environment
+    from kohya_mps.install import environment
 
-    front.run(lambda: environment.renew(settings.load()))
+    cli.run(lambda: environment.renew(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
 def smoke(session: nox.Session) -> None:
     """Build the environment in isolation and run the smoke check in it [-- --json]."""
-    from kohya_mps import isolated
+    from devtools import sandbox
 
-    front.run(lambda: isolated.smoke_check(settings.load()), json="--json" in session.posargs)
+    cli.run(lambda: sandbox.check_environment(settings.load()), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
 def train_step(session: nox.Session) -> None:
     """Train a few steps with the real trainer in isolation [-- --help]."""
-    from kohya_mps import isolated
+    from devtools import sandbox
 
-    options, json = isolated.parse(session.posargs)
-    front.run(lambda: isolated.training_step(settings.load(), options), json=json)
+    options, json = sandbox.parse(session.posargs)
+    cli.run(lambda: sandbox.train_in_it(settings.load(), options), json=json)
 
 
 @nox.session(venv_backend="none", default=False)
 def lock(session: nox.Session) -> None:
     """Make the hashed locks from their .in files [-- LOCK ... --upgrade --profile NAME --cutoff DATE]."""
-    from kohya_mps import locks
+    from devtools.locks import make
 
-    front.run(lambda: locks.make_all(locks.choose(session.posargs)), json="--json" in session.posargs)
+    cli.run(lambda: make.make_all(make.choose(session.posargs)), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", tags=["ci"])
 def lock_check(session: nox.Session) -> None:
     """Check offline that every lock is unedited and agrees with its .in file [-- --json]."""
-    from kohya_mps import locks
+    from devtools.locks import make
 
-    front.run(locks.check_all, json="--json" in session.posargs)
+    cli.run(make.check_all, json="--json" in session.posargs)
 
 
 @nox.session(default=False)
 def cross_check(session: nox.Session) -> None:
     """Prove that a Mac could load what the locks install [-- LOCK ... --json]."""
     session.install(*DEV)
-    session.run("python", "-m", "kohya_mps.cross_check", *session.posargs)
+    session.run("python", "-m", "devtools.locks.cross_check", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
 def upstream(session: nox.Session) -> None:
     """Explain why upstream's own macOS requirements cannot be installed [-- --commit ID --json]."""
-    from kohya_mps import upstream
+    from devtools.locks import upstream
 
-    front.run(
+    cli.run(
         lambda: upstream.run(settings.load(), upstream.choose(session.posargs)),
         json="--json" in session.posargs,
     )
@@ -106,53 +106,53 @@ def upstream(session: nox.Session) -> None:
 def audit(session: nox.Session) -> None:
     """Look up known vulnerabilities of the locks [-- LOCK ... --json]."""
     session.install(*DEV)
-    session.run("python", "-m", "kohya_mps.audit", *session.posargs)
+    session.run("python", "-m", "devtools.locks.audit", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
 def readme(session: nox.Session) -> None:
     """Write README's table of known failures from config/failures.yaml."""
-    from kohya_mps import failures
+    from kohya_mps.known_failures import catalogue
 
-    failures.update(ROOT / "README.md")
+    catalogue.update(ROOT / "README.md")
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""
     session.install(*DEV)
-    session.run("python", "-m", "kohya_mps.bench", *session.posargs)
+    session.run("python", "-m", "devtools.bench", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
 def rehearse(session: nox.Session) -> None:
     """Rehearse a training on a simulated MPS device, on any machine [-- --help]."""
-    from kohya_mps.rehearsal import runner
+    from devtools.rehearsal import runner
 
     wanted = runner.parse(session.posargs)
-    front.run(lambda: runner.rehearse(wanted), json=wanted.json)
+    cli.run(lambda: runner.rehearse(wanted), json=wanted.json)
 
 
 @nox.session(venv_backend="none", default=False)
 def rehearse_matrix(session: nox.Session) -> None:
     """Rehearse all networks, optimizers and options, and write docs/mps-support.md [-- --help]."""
-    from kohya_mps.rehearsal import matrix
+    from devtools.rehearsal import matrix
 
     wanted = matrix.parse(session.posargs)
-    front.run(lambda: matrix.rehearse(wanted))
+    cli.run(lambda: matrix.rehearse(wanted))
 
 
 @nox.session(default=False)
 def rehearse_data(session: nox.Session) -> None:
     """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ...]."""
     session.install(*DEV)
-    session.run("python", "-m", "kohya_mps.rehearsal.wheel", *session.posargs)
+    session.run("python", "-m", "devtools.rehearsal.wheel", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
 def chaos(session: nox.Session) -> None:
     """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
-    from kohya_mps import chaos
+    from devtools import chaos
 
     given = chaos.parse(session.posargs)
-    front.run(lambda: chaos.run(settings.load(), given), json=given.json)
+    cli.run(lambda: chaos.run(settings.load(), given), json=given.json)

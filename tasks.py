@@ -42,11 +42,12 @@ def setup(
     no_gui: bool = False,
 ) -> None:
     """Set up everything: checkout, environment, configuration, and a verified training step."""
-    from kohya_mps import front, install, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import setup
 
-    wanted = install.Wanted(verify, verify and train_step, stash, replace_default, replace_venv)
-    front.run(
-        lambda: install.setup(settings.load(), wanted.with_page(gui, no_gui)),
+    wanted = setup.Wanted(verify, verify and train_step, stash, replace_default, replace_venv)
+    cli.run(
+        lambda: setup.setup(settings.load(), wanted.with_page(gui, no_gui)),
         json=json,
         dry=c.config.run.dry,
     )
@@ -62,9 +63,10 @@ def setup(
 )
 def clone(c: Context, json: bool = False, repo_url: str = "", commit: str = "", stash: bool = False) -> None:
     """Check out the pinned kohya_ss and its sd-scripts."""
-    from kohya_mps import checkout, front, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import checkout
 
-    front.run(
+    cli.run(
         lambda: checkout.clone(settings.load(url=repo_url, commit=commit), stash=stash),
         json=json,
         dry=c.config.run.dry,
@@ -95,12 +97,13 @@ def configure(
     main_port: int = 29500,
 ) -> None:
     """Write and check the accelerate configuration of the environment."""
-    from kohya_mps import front, install, settings
-    from kohya_mps.configure import Layout
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import setup
+    from kohya_mps.install.accelerate_config import Layout
 
     layout = Layout(processes, machines, machine_rank, main_address, main_port) if processes else None
-    front.run(
-        lambda: install.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default, layout),
+    cli.run(
+        lambda: setup.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default, layout),
         json=json,
         dry=c.config.run.dry,
     )
@@ -109,9 +112,10 @@ def configure(
 @task(help={"json": JSON, "full": "train a model of Stable Diffusion 1.5's full size"})
 def verify(c: Context, json: bool = False, full: bool = False) -> None:
     """Check the installed environment and train a few steps in it."""
-    from kohya_mps import front, install, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import setup
 
-    front.run(lambda: install.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
+    cli.run(lambda: setup.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -127,10 +131,11 @@ def new(
     c: Context, name: str, images: str, model: str = "", preset: str = "sd15-lora", json: bool = False
 ) -> None:
     """Make a project: settings for this machine, your pictures linked, sample prompts."""
-    from kohya_mps import front, project, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.train import new_project
 
-    wanted = project.Wanted(Path(name), Path(images), model, preset)
-    front.run(lambda: project.new(settings.load(), wanted), json=json, dry=c.config.run.dry)
+    wanted = new_project.Wanted(Path(name), Path(images), model, preset)
+    cli.run(lambda: new_project.new(settings.load(), wanted), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -151,50 +156,56 @@ def train(
     json: bool = False,
 ) -> None:
     """Train with your own settings, in the pinned environment, and show how it goes."""
-    from kohya_mps import front, settings, train
+    from kohya_mps.core import cli, settings
+    from kohya_mps.train import start
 
-    wanted = train.Wanted(resume, detach, preflight)
-    front.run(lambda: train.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
+    wanted = start.Wanted(resume, detach, preflight)
+    cli.run(lambda: start.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
 
 
 @task(help={"place": RUN, "whole": "everything that the trainer prints"})
 def logs(c: Context, place: str, whole: bool = False) -> None:
     """Show how a running training goes, or how the last one went."""
-    from kohya_mps import front, train
+    from kohya_mps.core import cli
+    from kohya_mps.train import start
 
-    front.run(lambda: train.logs(Path(place), whole=whole), dry=c.config.run.dry)
+    cli.run(lambda: start.logs(Path(place), whole=whole), dry=c.config.run.dry)
 
 
 @task(help={"json": JSON, "place": RUN})
 def stop(c: Context, place: str, json: bool = False) -> None:
     """Have a running training save its state and end."""
-    from kohya_mps import front, train
+    from kohya_mps.core import cli
+    from kohya_mps.train import start
 
-    front.run(lambda: train.stop(Path(place)), json=json, dry=c.config.run.dry)
+    cli.run(lambda: start.stop(Path(place)), json=json, dry=c.config.run.dry)
 
 
 @task(help={"json": JSON, "place": RUN})
 def report(c: Context, place: str, json: bool = False) -> None:
     """Write a run's report: one HTML file with curves, samples, settings and versions."""
-    from kohya_mps import front, run_report, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.train import html_report
 
-    front.run(lambda: run_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+    cli.run(lambda: html_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
 
 
 @task(name="test-lora", help={"json": JSON, "place": RUN})
 def test_lora(c: Context, place: str, json: bool = False) -> None:
     """Draw a picture with and without a run's LoRA, with diffusers on the device."""
-    from kohya_mps import front, lora_test, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.train import compare_lora
 
-    front.run(lambda: lora_test.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+    cli.run(lambda: compare_lora.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
 
 
 @task(help={"place": RUN, "port": "where it listens"})
 def tensorboard(c: Context, place: str, port: int = 6006) -> None:
     """Show the runs of a project, or one run, in TensorBoard."""
-    from kohya_mps import front, run_report, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.train import html_report
 
-    front.run(lambda: run_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
+    cli.run(lambda: html_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
 
 
 @task(
@@ -217,9 +228,10 @@ def preflight(
     json: bool = False,
 ) -> None:
     """Tell what is known to go wrong with a training, before it is started."""
-    from kohya_mps import front, preflight, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.diagnose import preflight
 
-    front.run(
+    cli.run(
         lambda: preflight.check(settings.load(), preflight.question(file, device, memory, trainer, fix)),
         json=json,
         dry=c.config.run.dry,
@@ -235,9 +247,10 @@ def preflight(
 )
 def doctor(c: Context, json: bool = False, deep: bool = False, online: bool = False) -> None:
     """Look for known troubles of the machine and the installation."""
-    from kohya_mps import doctor, front, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.diagnose import doctor
 
-    front.run(
+    cli.run(
         lambda: doctor.examine(settings.load(), doctor.Asked(deep, online)), json=json, dry=c.config.run.dry
     )
 
@@ -258,9 +271,10 @@ def _has_words(name: str) -> bool:
 )
 def explain(c: Context, log: str | None = None if _has_words("explain") else "-", json: bool = False) -> None:
     """Find known failures in a log or traceback and tell what mends them."""
-    from kohya_mps import explain, front
+    from kohya_mps.core import cli
+    from kohya_mps.known_failures import log_search
 
-    front.run(lambda: explain.explain(log or "-"), json=json, dry=c.config.run.dry)
+    cli.run(lambda: log_search.explain(log or "-"), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -276,27 +290,30 @@ def gui(
     c: Context, port: str = "", open: bool = False, profile: str = "", listen: str = "", config: str = ""
 ) -> None:
     """Open kohya's own web page, with settings that train here."""
-    from kohya_mps import front, gui, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.gui import serve
 
-    wanted = gui.Wanted(port, listen or gui.LOOPBACK, open, profile, config)
-    front.run(lambda: gui.serve(settings.load(), wanted), dry=c.config.run.dry)
+    wanted = serve.Wanted(port, listen or serve.LOOPBACK, open, profile, config)
+    cli.run(lambda: serve.serve(settings.load(), wanted), dry=c.config.run.dry)
 
 
 @task(help={"json": JSON})
 def status(c: Context, json: bool = False) -> None:
     """Compare the machine with what was installed, item by item."""
-    from kohya_mps import front, settings, status
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import status
 
-    front.run(lambda: status.status(settings.load()), json=json, dry=c.config.run.dry)
+    cli.run(lambda: status.status(settings.load()), json=json, dry=c.config.run.dry)
 
 
 @task(help={"json": JSON, "list": "show the generations", "to": "the name of one; else the one before"})
 def rollback(c: Context, json: bool = False, list: bool = False, to: str = "") -> None:
     """Go back to the previous environment, with its commit and configuration."""
-    from kohya_mps import front, rollback, settings
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import rollback
 
     step = rollback.choices if list else lambda settings: rollback.rollback(settings, to)
-    front.run(lambda: step(settings.load()), json=json, dry=c.config.run.dry)
+    cli.run(lambda: step(settings.load()), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -308,10 +325,11 @@ def rollback(c: Context, json: bool = False, list: bool = False, to: str = "") -
 )
 def uninstall(c: Context, json: bool = False, yes: bool = False, delete_my_files: bool = False) -> None:
     """Remove what was installed, and nothing of yours."""
-    from kohya_mps import front, settings, uninstall
+    from kohya_mps.core import cli, settings
+    from kohya_mps.install import uninstall
 
     step = uninstall.uninstall
-    front.run(
+    cli.run(
         lambda: step(settings.load(), yes=yes, delete_my_files=delete_my_files),
         json=json,
         dry=c.config.run.dry,

@@ -11,11 +11,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kohya_mps import install, isolated, settings, train_step
-from kohya_mps.generations import Generation
-from kohya_mps.home import Home
-from kohya_mps.report import Status
-from kohya_mps.settings import Settings
+from devtools import sandbox
+from kohya_mps.core import machine, settings
+from kohya_mps.core.installation import Home
+from kohya_mps.core.report import Status
+from kohya_mps.core.settings import Settings
+from kohya_mps.install import setup, training_step
+from kohya_mps.install.generations import Generation
 
 pytestmark = pytest.mark.environment
 
@@ -27,14 +29,14 @@ needs_upstream = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def apart() -> Settings:
-    return msgspec.structs.replace(settings.load(), home=isolated.PLACE)
+    return msgspec.structs.replace(settings.load(), home=sandbox.PLACE)
 
 
 @pytest.fixture(scope="module")
 def generation(apart: Settings) -> Generation:
-    report = isolated.smoke_check(apart)
+    report = sandbox.check_environment(apart)
     assert report.ok, report.checks
-    return install.installed(Home(apart.home))
+    return setup.installed(Home(apart.home))
 
 
 @pytest.fixture
@@ -47,15 +49,15 @@ def near(apart: Settings, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_smoke_check_passes_on_the_device_that_is_here(generation: Generation, apart: Settings) -> None:
-    report = isolated.smoke_check(apart)
+    report = sandbox.check_environment(apart)
 
     assert report.ok
-    assert report.extra["device"] == settings.expected_device()
+    assert report.extra["device"] == machine.expected_device()
     assert len(report.checks) == 9
 
 
 def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation, apart: Settings) -> None:
-    from kohya_mps import smoke
+    from kohya_mps.install import smoke_check
 
     info = next(generation.venv.glob("lib/python3.11/site-packages/einops-*.dist-info"))
     aside = info.with_name("einops-0.0.1.dist-info")
@@ -65,10 +67,10 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
     (aside / "METADATA").unlink()
     (aside / "METADATA").write_text(original.replace("\nVersion: ", "\nVersion: 0.0.1+"), encoding="utf-8")
     try:
-        report = smoke.run(apart, generation)
+        report = smoke_check.run(apart, generation)
     finally:
         shutil.rmtree(generation.path)
-        isolated.smoke_check(apart)
+        sandbox.check_environment(apart)
 
     failed = {check.name: check.detail for check in report.checks if check.status is Status.FAIL}
     assert list(failed) == ["installed versions"]
@@ -79,41 +81,42 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
 def test_the_built_in_step_trains_and_says_that_kohyas_trainer_was_not_run(
     apart: Settings, network: str
 ) -> None:
-    report = isolated.training_step(apart, train_step.Options(network=network, builtin=True))
+    report = sandbox.train_in_it(apart, training_step.Options(network=network, builtin=True))
 
     assert report.ok, report.checks
-    assert len(report.extra["losses"]) == train_step.STEPS
-    assert report.extra["device"] == settings.expected_device()
+    assert len(report.extra["losses"]) == training_step.STEPS
+    assert report.extra["device"] == machine.expected_device()
     assert report.extra["kohya_trainer_ran"] is False
     assert "kohya's trainer was not run" in report.title
 
 
 def test_a_damaged_model_is_made_again(generation: Generation, apart: Settings) -> None:
     work = Home(apart.home).verification
-    model = train_step.prepare_model(generation, work, "sd15", "small")
+    model = training_step.prepare_model(generation, work, "sd15", "small")
     weights = model / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     good = weights.read_bytes()
-    assert train_step.prepare_model(generation, work, "sd15", "small") == model
+    assert training_step.prepare_model(generation, work, "sd15", "small") == model
     weights.write_bytes(bytes(len(good)))
-    assert train_step.prepare_model(generation, work, "sd15", "small") == model
+    assert training_step.prepare_model(generation, work, "sd15", "small") == model
     assert weights.read_bytes() == good
 
 
 def test_an_untrained_lora_does_not_pass(generation: Generation, apart: Settings) -> None:
     """Weights that are still zero fail the check that looks at them."""
-    model = train_step.prepare_model(generation, Home(apart.home).verification, "sd15", "small")
+    model = training_step.prepare_model(generation, Home(apart.home).verification, "sd15", "small")
     output = Home(apart.home).verification / "untrained"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    options = train_step.Options(builtin=True)
-    still = train_step.builtin_command(generation, model, output, options)
-    still[still.index(str(train_step.STEPS))] = "0"
+    options = training_step.Options(builtin=True)
+    still = training_step.builtin_command(generation, model, output, options)
+    still[still.index(str(training_step.STEPS))] = "0"
 
-    from kohya_mps import launch, process
+    from kohya_mps.core import process
+    from kohya_mps.install import accelerate_launch
 
     log = output / "trainer.log"
-    finished = process.stream(still, env=launch.environ(generation, offline=True), log=log)
-    report = train_step.judge(generation, finished, output, log, options)
+    finished = process.stream(still, env=accelerate_launch.environ(generation, offline=True), log=log)
+    report = training_step.judge(generation, finished, output, log, options)
 
     verdicts = {check.name: check.status for check in report.checks}
     assert verdicts["saved LoRA"] is Status.FAIL
@@ -127,7 +130,7 @@ def test_without_a_repository_everything_else_is_done(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     nowhere = msgspec.structs.replace(apart, home=near, url=str(tmp_path / "nothing"))
 
-    report = install.setup(nowhere, install.Wanted())
+    report = setup.setup(nowhere, setup.Wanted())
 
     verdicts = {check.name: check.status for check in report.checks}
     assert not report.ok
@@ -146,8 +149,8 @@ def test_setup_ends_with_kohyas_trainer_having_trained(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     chosen = msgspec.structs.replace(apart, home=near)
 
-    first = install.setup(chosen, install.Wanted())
-    second = install.setup(chosen, install.Wanted())
+    first = setup.setup(chosen, setup.Wanted())
+    second = setup.setup(chosen, setup.Wanted())
 
     assert first.ok, first.checks
     assert first.extra["kohya_trainer_ran"] is True
@@ -162,7 +165,7 @@ def test_setup_ends_with_kohyas_trainer_having_trained(
     ("network", "optimizer"), [("lora", "Lion"), ("locon", "AdamW"), ("lokr", "Prodigy")]
 )
 def test_kohyas_trainer_trains_each_network(apart: Settings, network: str, optimizer: str) -> None:
-    report = isolated.training_step(apart, train_step.Options(network=network, optimizer=optimizer))
+    report = sandbox.train_in_it(apart, training_step.Options(network=network, optimizer=optimizer))
 
     assert report.ok, report.checks
     assert report.extra["kohya_trainer_ran"] is True

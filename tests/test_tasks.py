@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Upstream, git
 from invoke.collection import Collection
 from invoke.loader import FilesystemLoader
+
+from tests.support.installs import Upstream, git
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ machine makes the same files each time:
     OUT/tokenizers/  byte-level CLIP tokenizers, named as sd-scripts' tokenizer cache names them
     OUT/images/      2_shapes/ with four 64 x 64 pictures and their captions
 
-A small model's folder holds the file ``made-small``: kohya_mps/train.py sees by it that the
+A small model's folder holds the file ``made-small``: kohya_mps/train/start.py sees by it that the
 trainer has to be told the shrunk sizes (small_trainer.py).
 """
 

@@ -1,0 +1,1 @@
+"""What only contributors run; nothing in ``kohya_mps`` imports it."""

@@ -1,0 +1,331 @@
+"""Where faults are tried: a copy of the project with one installation, and what is looked at after each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import psutil
+import yaml
+
+from kohya_mps.core.installation import Home
+from kohya_mps.core.process import others
+from kohya_mps.core.report import Check, Status, say
+from kohya_mps.core.settings import ROOT, Settings
+from kohya_mps.install import generations, inventory
+from kohya_mps.install.generations import Generation
+
+#: What the copied settings say: a network that is silent for this long has failed, in seconds.
+STALL_SECONDS = 3.0
+
+#: The lock for faults that need gigabytes of room or a cache of their own: pure Python, from the real lock.
+SMALL = ("transformers", "sympy", "einops")
+SMALL_PROFILE = "small"
+
+RENEW = """
+from kohya_mps.core import cli, settings
+from kohya_mps.install import environment
+cli.run(lambda: environment.renew(settings.load()))
+"""
+
+SMOKE = """
+from kohya_mps.core import cli, installation, settings
+from kohya_mps.install import generations, smoke_check
+chosen = settings.load()
+cli.run(lambda: smoke_check.run(chosen, generations.active(installation.Home(chosen.home))))
+"""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One fault: how often it was tried, how often that was survived, what was looked at.
+
+    ``fell`` says what went wrong in each try that was not survived, ``skipped`` why there was none.
+    """
+
+    fault: str
+    tries: int
+    survived: int
+    looked_at: str
+    fell: tuple[str, ...] = ()
+    skipped: str = ""
+
+    def check(self) -> Check:
+        """The fault as a row of the report."""
+        if self.skipped:
+            return Check(self.fault, Status.SKIP, self.skipped)
+        lines = [f"tries {self.tries}, survived {self.survived}: {self.looked_at}", *self.fell]
+        return Check.of(self.fault, self.survived == self.tries > 0, "\n".join(lines))
+
+
+class Ran(msgspec.Struct, frozen=True):
+    """How a command of ours ended: its exit code, what it printed, and how long it took in seconds."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def said(self) -> str:
+        """The end of what it told, for the report of a try that was not survived."""
+        return " | ".join(line.strip() for line in (self.err + self.out).strip().splitlines()[-6:])
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """What a report as JSON says, as far as it is looked at here."""
+
+    ok: bool
+    checks: tuple[Check, ...]
+    seconds: dict[str, float] = {}
+
+    def status(self, name: str) -> Status | None:
+        return next((check.status for check in self.checks if check.name == name), None)
+
+
+class Fell(Exception):
+    """A try was not survived, and how."""
+
+
+class CannotTry(Exception):
+    """This machine does not allow the fault, and why."""
+
+
+def expect(good: object, what: str) -> None:
+    """Raise :class:`Fell` unless ``good``."""
+    if not good:
+        raise Fell(what)
+
+
+class Place:
+    """A copy of the project with one installation, in a scratch directory that is removed afterwards.
+
+    ``real`` says whether the checkout is kohya_ss, or a stand-in without a trainer.
+    """
+
+    def __init__(self, root: Path, settings: Settings, profile: str, *, real: bool) -> None:
+        self.root, self.project = root, root / "project"
+        self.home = Home(root / "home")
+        self.real = real
+        self.temporary = root / "tmp"
+        self.temporary.mkdir()
+        for name in ("kohya_mps", "config", "constraints"):
+            shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "tasks.py", self.project)
+        self.profile = settings.profile
+        lock = settings.profile.lock_file
+        self.use_lock(lock.stem, lock.read_text(encoding="utf-8"))
+        chosen = self.project / "config" / "settings.yaml"
+        text, count = re.subn(
+            r"^network_stall_seconds: .*$",
+            f"network_stall_seconds: {STALL_SECONDS}",
+            chosen.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
+        )
+        assert count == 1
+        chosen.write_text(text, encoding="utf-8")
+        self.environ = {
+            **os.environ,
+            "KOHYA_HOME": str(self.home.root),
+            "KOHYA_REPO_URL": settings.url,
+            "KOHYA_COMMIT": settings.commit,
+            "KOHYA_PROFILE": profile,
+            "HF_HOME": str(root / "huggingface"),
+            "TMPDIR": str(self.temporary),
+        }
+        if not real:  # git refuses a submodule on this machine's own disk otherwise
+            allow = ("GIT_CONFIG_COUNT", "1"), ("GIT_CONFIG_KEY_0", "protocol.file.allow")
+            self.environ |= dict(allow) | {"GIT_CONFIG_VALUE_0": "always"}
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The command that a user types; a stand-in for kohya_ss has no trainer to run."""
+        return ("setup",) if self.real else ("setup", "--no-train-step")
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """Start ``invoke``; its children outlive it when it is killed, as they would a user's."""
+        return self._start([str(Path(sys.prefix) / "bin" / "invoke"), *arguments], variables)
+
+    def start_python(self, code: str, **variables: str) -> subprocess.Popen[str]:
+        """Start a call of the copied package that ``invoke`` has no task for."""
+        return self._start([sys.executable, "-c", code], variables)
+
+    def invoke(self, *arguments: str, **variables: str) -> Ran:
+        """Run ``invoke`` to its end."""
+        return _finish(self.start(*arguments, **variables))
+
+    def python(self, code: str, **variables: str) -> Ran:
+        """Run a call of the copied package to its end."""
+        return _finish(self.start_python(code, **variables))
+
+    def _start(self, command: list[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            cwd=self.project,
+            env={**self.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+
+    def use_lock(self, name: str, text: str) -> None:
+        """Write a lock into the copy and take it for the one that faults change."""
+        self.lock = self.project / "constraints" / f"{name}.txt"
+        self._pristine, self._editions = text, 0
+        self.lock.write_text(text, encoding="utf-8")
+
+    def use_small_lock(self, text: str) -> None:
+        """Have a profile with a small lock that needs next to no disk."""
+        rules = msgspec.structs.replace(self.profile, lock=SMALL_PROFILE, disk_gb={"darwin": 0, "linux": 0})
+        profile = self.project / "config" / "profiles" / f"{SMALL_PROFILE}.yaml"
+        profile.write_bytes(yaml.safe_dump(msgspec.to_builtins(rules)).encode())
+        self.use_lock(SMALL_PROFILE, text)
+
+    def new_lock(self) -> None:
+        """Another edition of the lock: other bytes, the same packages, so a true rebuild."""
+        self._editions += 1
+        self.lock.write_text(f"{self._pristine}# edition {self._editions}\n", encoding="utf-8")
+
+    def told(self, *arguments: str, **variables: str) -> tuple[Ran, _Told]:
+        """Run ``invoke … --json`` and read its report."""
+        ran = self.invoke(*arguments, "--json", **variables)
+        try:
+            return ran, msgspec.json.decode(ran.out, type=_Told)
+        except msgspec.DecodeError as error:
+            raise Fell(f"{' '.join(arguments)} printed no report ({error}): {ran.said}") from error
+
+    def mended(self) -> None:
+        """One rerun ends good, and leaves nothing behind."""
+        ran, report = self.told("setup", "--no-train-step")
+        expect(ran.code == 0 and report.ok, f"the rerun ended with {ran.code}: {ran.said}")
+        self.good()
+
+    def good(self) -> None:
+        """Status finds nothing wrong, and nothing that was begun is left lying about."""
+        ran, report = self.told("status")
+        wrong = [f"{c.name}: {c.detail}" for c in report.checks if c.status is Status.FAIL]
+        expect(ran.code == 0 and not wrong, f"status ended with {ran.code}: {wrong or ran.said}")
+        self.tidy()
+
+    def tidy(self) -> None:
+        """No half-built generation, no temporary file, no process of an ended run."""
+        half = [g.name for g in generations.present(self.home) if g.manifest() is None]
+        expect(not half, f"half-built generations are left: {half}")
+        left = [str(path.relative_to(self.root)) for path in self._temporary_files()]
+        expect(not left, f"temporary files are left: {left}")
+        running = processes_of(self.home)
+        expect(not running, f"processes are left: {running}")
+
+    def _temporary_files(self) -> Iterator[Path]:
+        yield from (path for path in self.temporary.iterdir() if not _torchs(path))
+        yield from self.home.root.glob(".*.new")
+        yield from self.home.state.glob("moving-*")
+        for place in (self.home.state, *self.home.generations.glob("*")):
+            yield from place.glob(".*")
+            yield from place.glob("smoke")
+        for repository in (self.home.root / ".git", self.home.sd_scripts / ".git"):
+            yield from repository.glob("*.lock")
+            yield from repository.glob("refs/**/*.lock")
+
+    def active_is_whole(self) -> None:
+        """The link to the environment leads to one that was built to its end and is as it was built."""
+        active = self.active()
+        manifest = active.manifest()
+        assert manifest  # it would not be active without
+        drift = inventory.differences(manifest.inventory, inventory.take(active.venv))
+        expect(not drift, f"the active environment changed: {[d.name for d in drift[:5]]}")
+
+    def active(self) -> Generation:
+        """The generation that the link to the environment leads to."""
+        found = generations.active(self.home)
+        if found is None:
+            raise Fell(f"{self.home.venv} leads to no complete generation")
+        return found
+
+    def active_passes_smoke(self) -> None:
+        """The active environment is whole, and the smoke check passes in it."""
+        self.active_is_whole()
+        ran = self.python(SMOKE)
+        expect(ran.code == 0, f"the smoke check of the active environment failed: {ran.said}")
+
+    def install(self) -> None:
+        """Have a good installation, from nothing where there is none."""
+        if generations.active(self.home) is None:
+            say("  installing what the faults are tried on")
+            ran = self.invoke(*self.whole)
+            expect(ran.code == 0, f"no installation to try this on: {ran.said}")
+
+    def remove(self) -> None:
+        """Forget the installation and its default configuration."""
+        end_processes(self.home)
+        for path in (self.home.root, self.root / "huggingface", self.temporary):
+            if path.exists():
+                shutil.rmtree(path)
+        self.temporary.mkdir()
+
+
+def _torchs(path: Path) -> bool:
+    """What torch leaves in the system's temporary directory whenever a training is killed.
+
+    It is not told to put it elsewhere: a directory inside a home may be too long a name for
+    the sockets that go there, too.
+    """
+    its = {"_remote_module_non_scriptable.py", "__pycache__"}
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= its
+
+
+def _finish(process: subprocess.Popen[str]) -> Ran:
+    began = time.monotonic()
+    out, err = process.communicate()
+    return Ran(process.returncode, out, err, time.monotonic() - began)
+
+
+def processes_of(home: Home) -> list[psutil.Process]:
+    """The processes that work on a home: all of ours carry its variable."""
+    return others(lambda process: process.environ().get("KOHYA_HOME") == str(home.root))
+
+
+def end_processes(home: Home) -> None:
+    """Kill what works on a home that is about to be removed."""
+    left = processes_of(home)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+class Tries:
+    """Counts the tries of one fault, and what was not survived."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.tries, self.fell = fault, 0, list[str]()
+
+    @contextlib.contextmanager
+    def attempt(self, what: str, place: Place) -> Iterator[None]:
+        """One try; when it is not survived, the next one begins with a new installation."""
+        self.tries += 1
+        say(f"{self.fault}, try {self.tries}: {what}")
+        try:
+            yield
+        except CannotTry:
+            raise
+        except Exception as error:
+            # Whatever it was: an hour of other tries must not be lost with this one.
+            reason = str(error) if isinstance(error, Fell) else f"{type(error).__name__}: {error}"
+            say(f"  DID NOT SURVIVE: {reason}")
+            self.fell.append(f"{what}: {reason}")
+            place.remove()
+
+    def done(self, looked_at: str) -> Row:
+        """The fault's row, when all its tries are over."""
+        say(f"{self.fault}: {self.tries - len(self.fell)} of {self.tries} survived")
+        return Row(self.fault, self.tries, self.tries - len(self.fell), looked_at, tuple(self.fell))

@@ -1,0 +1,1 @@
+"""The hashed locks: made, checked, tried for a Mac, audited."""

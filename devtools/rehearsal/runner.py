@@ -1,0 +1,286 @@
+"""Start rehearsals: prepare what they need, run them under the trainer's interpreter, read the records."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from devtools import sandbox
+from kohya_mps.core import settings
+from kohya_mps.core.errors import StepFailed, UsageError
+from kohya_mps.core.installation import Home
+from kohya_mps.core.machine import on_mac
+from kohya_mps.core.process import stream
+from kohya_mps.core.report import Report, say
+from kohya_mps.core.run_lock import held
+from kohya_mps.core.settings import CONFIG, PROBES, ROOT, Settings, read_yaml
+from kohya_mps.install import accelerate_launch, lockfile, training_step
+from kohya_mps.install.generations import Generation
+
+from . import operators, record, request, verdict
+from .record import Record
+from .request import Request
+
+SIMULATION = Path(__file__).resolve().parent / "simulation"
+TABLE = CONFIG / "rehearsal.yaml"
+# A short training of a small model, its libraries shared with its siblings.
+_MEMORY_OF_ONE = 3e9
+
+
+class Trainings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``config/rehearsal.yaml``: what can be rehearsed, each a name and what the trainer is told."""
+
+    trainers: dict[str, str]
+    networks: dict[str, tuple[str, ...]]
+    optimizers: dict[str, tuple[str, ...]]
+    options: dict[str, tuple[str, ...]]
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What ``nox -s rehearse`` was asked for; ``arguments`` go to the trainer as they are."""
+
+    profile: str | None
+    family: str
+    network: str
+    optimizer: str
+    builtin: bool
+    fallback: bool
+    json: bool
+    arguments: tuple[str, ...]
+
+
+class Training(msgspec.Struct, frozen=True):
+    """One training to rehearse: a model's family and what the trainer is told; no family is the built-in step."""
+
+    name: str
+    family: str
+    arguments: tuple[str, ...]
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """Everything a rehearsal needs besides the training itself.
+
+    ``sd_scripts`` is missing where only the built-in step is rehearsed.
+    """
+
+    generation: Generation
+    sd_scripts: Path | None
+    precision: str
+    work: Path
+
+
+def trainings() -> Trainings:
+    """The table of what can be rehearsed."""
+    return read_yaml(TABLE, Trainings)
+
+
+def parse(arguments: Sequence[str]) -> Wanted:
+    """The options of ``nox -s rehearse``; what follows a second ``--`` is the trainer's."""
+    table = trainings()
+    own = list(arguments)
+    theirs: list[str] = []
+    if "--" in own:
+        own, theirs = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="nox -s rehearse --",
+        description="Train a few steps on a simulated MPS device and report what a Mac would make of it.",
+        epilog="What follows a second -- is given to kohya's trainer: nox -s rehearse -- -- --loss_type huber",
+    )
+    parser.add_argument("--profile", help="whose versions; config/settings.yaml's where left out")
+    parser.add_argument("--family", default="sd15", choices=tuple(table.trainers))
+    parser.add_argument("--network", default="lora", choices=tuple(table.networks))
+    parser.add_argument("--optimizer", default="AdamW", choices=tuple(table.optimizers))
+    parser.add_argument("--builtin", action="store_true", help="train without kohya's trainer")
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="as with PYTORCH_ENABLE_MPS_FALLBACK=1, which launches here set",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    given = parser.parse_args(own)
+    if given.builtin and theirs:
+        parser.error("--builtin takes none of the trainer's options")
+    return Wanted(
+        given.profile,
+        given.family,
+        given.network,
+        given.optimizer,
+        given.builtin,
+        given.fallback,
+        given.json,
+        tuple(theirs),
+    )
+
+
+def rehearse(wanted: Wanted) -> Report:
+    """Train once on the simulated device and once on the CPU, and compare.
+
+    Raises:
+        UsageError: nothing can be simulated here, or the built-in step has no such network.
+    """
+    table = trainings()
+    arguments = (*table.networks[wanted.network], *table.optimizers[wanted.optimizer], *wanted.arguments)
+    training = Training(f"{wanted.network} with {wanted.optimizer}", wanted.family, arguments)
+    if wanted.builtin:
+        if wanted.network not in training_step.NETWORKS:
+            known = ", ".join(training_step.NETWORKS)
+            raise UsageError(f"the built-in step has no network {wanted.network!r}", f"accepted: {known}")
+        algorithm = training_step.NETWORKS[wanted.network].algorithm
+        training = Training(training.name, "", (algorithm, wanted.optimizer, str(training_step.STEPS)))
+    chosen = settings.load(profile=wanted.profile)
+    with held(Home(sandbox.PLACE)):
+        stage = prepare(chosen, builtin=wanted.builtin)
+        pair = requests(stage, training, stage.work / "one", wanted.fallback)
+        say(
+            f"  rehearsing {training.name}: {training_step.STEPS} steps on the simulated device and on the CPU"
+        )
+        run(stage, pair, jobs=1)
+        simulated, on_cpu = (result(one) for one in pair)
+    logs = {one.device: one.log for one in pair}
+    return verdict.report(
+        training.name,
+        chosen.profile_name,
+        simulated,
+        on_cpu,
+        fallback=wanted.fallback,
+        logs=logs,
+        precision=precision(training, stage.precision),
+    )
+
+
+def precision(training: Training, otherwise: str) -> str:
+    """The mixed precision that a training asks for: of an option that is repeated the last counts."""
+    words = ("--mixed_precision", otherwise, *training.arguments)
+    return next(value for name, value in reversed(list(pairwise(words))) if name == "--mixed_precision")
+
+
+def prepare(chosen: Settings, *, builtin: bool) -> Stage:
+    """Build the environment apart from the user's, bring the trainer, and find a place to work in.
+
+    Raises:
+        UsageError: nothing can be simulated: this is a Mac, or there is no data for the profile's torch.
+    """
+    if on_mac():
+        raise UsageError("this is a Mac: it has the real device", "`nox -s train_step` trains on it")
+    lock = lockfile.read(chosen.profile.lock_file)
+    try:
+        operators.load(lock.versions(lockfile.LINUX_X86_64)["torch"])
+    except LookupError as error:
+        raise UsageError(str(error), f"`nox -s rehearse_data -- {chosen.profile_name}`") from error
+    apart = msgspec.structs.replace(chosen, home=sandbox.PLACE)
+    tree = None if builtin else sandbox.kohya_checkout(chosen, apart)
+    generation = sandbox.ready(apart)
+    work = ROOT / ".nox" / "rehearsal" / generation.name
+    work.mkdir(parents=True, exist_ok=True)
+    return Stage(generation, tree / "sd-scripts" if tree else None, chosen.mixed_precision, work)
+
+
+def requests(stage: Stage, training: Training, place: Path, fallback: bool) -> tuple[Request, Request]:
+    """The same training on the simulated device and on the CPU, with its files below ``place``."""
+    shutil.rmtree(place, ignore_errors=True)
+    model = training_step.prepare_model(stage.generation, stage.work, training.family or "sd15", "small")
+    pictures = prepare_pictures(stage)
+    made = []
+    for device in ("mps", "cpu"):
+        output = place / device
+        output.mkdir(parents=True)
+        if stage.sd_scripts is None or not training.family:
+            script = PROBES / "builtin_step.py"
+            arguments = [str(model / "model"), str(pictures), str(output), *training.arguments]
+        else:
+            script = stage.sd_scripts / trainings().trainers[training.family]
+            prompts = output / "prompts.txt"
+            prompts.write_text(
+                "a red circle --w 64 --h 64 --s 2 --d 1\na blue square --w 64 --h 64 --s 2 --d 2\n"
+            )
+            own = training_step.trainer_arguments(stage.precision, model, output, training_step.Options())
+            own += [
+                "--train_data_dir",
+                str(_copied(pictures, output / "pictures")),
+                "--resolution",
+                "128,128",
+            ]
+            arguments = own + [part.replace("{prompts}", str(prompts)) for part in training.arguments]
+        made.append(
+            Request(
+                name=training.name,
+                device=device,
+                script=str(script),
+                arguments=tuple(arguments),
+                small=bool(training.family),
+                fallback=fallback,
+                result=str(output / "record.json"),
+                log=str(output / "trainer.log"),
+            )
+        )
+    return made[0], made[1]
+
+
+def run(stage: Stage, wanted: Sequence[Request], jobs: int) -> None:
+    """Run trainings, ``jobs`` at a time; each leaves a record, or its log says why not.
+
+    Raises:
+        StepFailed: the trainer's libraries cannot be imported.
+    """
+    if not wanted:
+        return
+    asked = stage.work / "requests.json"
+    request.write(asked, list(wanted))
+    environ = accelerate_launch.environ(stage.generation, offline=True) | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(stage.work / "huggingface"),
+        # What `accelerate launch` would tell a script that is not told itself.
+        "ACCELERATE_MIXED_PRECISION": stage.precision,
+    }
+    done = stream(
+        [stage.generation.python, SIMULATION, asked, str(jobs)],
+        cwd=stage.sd_scripts or stage.work,
+        env=environ,
+        log=stage.work / "rehearsal.log",
+    )
+    if done.returncode:
+        raise StepFailed(
+            f"the rehearsal could not start: {done.last_line}", f"its log: {stage.work}/rehearsal.log"
+        )
+
+
+def result(one: Request) -> Record:
+    """The record of a training; one that died says so, and where its log is."""
+    if Path(one.result).exists():
+        return record.read(Path(one.result))
+    return Record(one.device, "", (), 0.0, error=f"it ended without a word; its log: {one.log}")
+
+
+def most_jobs() -> int:
+    """How many trainings run at once: one for each core, as far as memory allows."""
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / _MEMORY_OF_ONE)))
+
+
+def prepare_pictures(stage: Stage) -> Path:
+    """The pictures that are trained on; made once."""
+    script = SIMULATION / "pictures.py"
+    pictures = stage.work / f"pictures-{hashlib.sha256(script.read_bytes()).hexdigest()[:12]}"
+    if not pictures.is_dir():
+        unfinished = pictures.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            accelerate_launch.probe(stage.generation, script, str(unfinished))
+        except accelerate_launch.ProbeFailed as error:
+            raise StepFailed(f"the pictures to train on could not be made: {error}") from error
+        unfinished.rename(pictures)
+    return pictures
+
+
+def _copied(pictures: Path, target: Path) -> Path:
+    """Trainers write caches beside the pictures: each training gets pictures of its own."""
+    shutil.copytree(pictures, target)
+    return target

@@ -1,0 +1,1 @@
+"""What every room stands on: front end, errors, reports, processes, settings, files."""

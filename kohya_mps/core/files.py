@@ -1,0 +1,32 @@
+"""Files and links that are replaced in one step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file in one step: readers see the old or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Always the same name: what a killed run left is replaced and does not pile up.
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    try:
+        with new.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.chmod(0o644)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def link(path: Path, target: Path) -> None:
+    """Point the symbolic link ``path`` at ``target`` in one step, relative to its directory."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target, path.parent))
+    new.replace(path)

@@ -1,0 +1,38 @@
+"""The machine that we run on: its system, memory and device."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+
+def on_mac() -> bool:
+    """Whether this is macOS: there the expected device is MPS and nothing else."""
+    return sys.platform == "darwin"
+
+
+def macos() -> str:
+    """The version of macOS that we run on; ``0`` elsewhere."""
+    return platform.mac_ver()[0] or "0"
+
+
+def machine_wanted() -> str:
+    """The architecture that the locks are made for, as ``platform.machine()`` says it."""
+    return "arm64" if on_mac() else "x86_64"
+
+
+def memory_gb() -> float:
+    """The machine's memory in gigabytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def expected_device() -> str:
+    """The device that training has to run on here: ``mps``, ``cuda`` or ``cpu``.
+
+    On a Mac nothing but MPS will do. Elsewhere it is CUDA where NVIDIA's driver is loaded.
+    """
+    if on_mac():
+        return "mps"
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"

@@ -1,0 +1,272 @@
+"""Settings: ``config/`` validated on load, overridden by ``KOHYA_*``, overridden by flags."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+from packaging.version import Version
+
+from .errors import UsageError, restores
+from .machine import macos, on_mac
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "config"
+CONSTRAINTS = ROOT / "constraints"
+GUI_PRESETS = CONFIG / "gui-presets"
+PROBES = ROOT / "kohya_mps" / "probes"
+
+# libyaml's is ten times as fast; wheels have it, a build from source may not.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+_RELEASE = re.compile(r"\d+(\.\d+){0,2}")
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class CheckoutSettings(_Strict, frozen=True):
+    """Where the checkout comes from, which commit it is, and where it goes."""
+
+    url: str
+    commit: str
+    home: str
+
+
+class _File(_Strict, frozen=True):
+    checkout: CheckoutSettings
+    profile: str
+    generations_kept: int
+    mixed_precision: str
+    network_stall_seconds: float
+
+
+class Forbidden(_Strict, frozen=True):
+    """Distributions that must not be in an environment, everywhere and on macOS."""
+
+    any: tuple[str, ...]
+    darwin: tuple[str, ...]
+
+
+class Profile(_Strict, frozen=True):
+    """A named set of pins and the rules that hold for it (``config/profiles/NAME.yaml``)."""
+
+    lock: str
+    gui_lock: str
+    summary: str
+    python: str
+    macos: str
+    mixed_precision: dict[str, tuple[str, ...]]
+    disk_gb: dict[str, float]
+    forbidden: Forbidden
+    needs_macos: dict[str, str] = {}
+
+    @property
+    def lock_file(self) -> Path:
+        """The generated, hashed constraints file."""
+        return self.lock_for(gui=False)
+
+    def lock_for(self, *, gui: bool) -> Path:
+        """The constraints file of the trainer alone, or of the trainer with kohya's web page."""
+        return CONSTRAINTS / f"{self.gui_lock if gui else self.lock}.txt"
+
+    def forbidden_here(self) -> tuple[str, ...]:
+        """The forbidden distributions for the operating system we run on."""
+        return self.forbidden.any + (self.forbidden.darwin if on_mac() else ())
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """The mixed precisions that this lock's accelerate and torch accept on a device of this machine.
+
+        On MPS the version of macOS decides too: ``needs_macos`` names the lowest for each.
+        """
+        allowed = self.mixed_precision.get(device, ("no",))
+        if device != "mps":
+            return allowed
+        here = Version(macos())
+        return tuple(each for each in allowed if here >= Version(self.needs_macos.get(each, "0")))
+
+
+class Gui(_Strict, frozen=True):
+    """kohya's web page (``config/gui.yaml``): where it is, and what its forms open with.
+
+    ``forms`` are sections, keys and values of kohya_ss's own ``config.toml``; ``modules`` what
+    it imports besides the trainer's.
+    """
+
+    port: int
+    answers_within_seconds: float
+    modules: tuple[str, ...]
+    forms: dict[str, dict[str, bool | int | float | str]]
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Everything a step needs to know, with every override already applied."""
+
+    home: Path
+    url: str
+    commit: str
+    profile_name: str
+    profile: Profile
+    mixed_precision: str
+    generations_kept: int
+    network_stall_seconds: float
+
+
+def load(
+    *,
+    url: str | None = None,
+    commit: str | None = None,
+    profile: str | None = None,
+    mixed_precision: str | None = None,
+    config: Path = CONFIG,
+) -> Settings:
+    """Read ``config/`` and apply ``KOHYA_*`` variables and then the flags given here.
+
+    Raises:
+        UsageError: for an unknown key, a wrong type, or a value that cannot be meant; it
+            names the file or variable, the key, what was found and what is accepted.
+    """
+    path = config / "settings.yaml"
+    file = read_yaml(path, _File)
+    chosen, said_by = _override(file.checkout.commit, "KOHYA_COMMIT", commit, f"{path}: checkout.commit")
+    if not _COMMIT.fullmatch(chosen.lower()):
+        raise UsageError(
+            f"{said_by}: {chosen!r} is not a full commit id",
+            "give all 40 hexadecimal digits (`git rev-parse <name>` prints them)",
+        )
+    if file.generations_kept < 1:
+        raise UsageError(f"{path}: generations_kept: found {file.generations_kept}", "accepted: 1 or more")
+    if not file.network_stall_seconds > 0:  # "not a number" is a number in YAML
+        raise UsageError(
+            f"{path}: network_stall_seconds: found {file.network_stall_seconds}", "accepted: more than 0"
+        )
+    name, said_by = _override(file.profile, "KOHYA_PROFILE", profile, f"{path}: profile")
+    return Settings(
+        home=_home(file.checkout.home, f"{path}: checkout.home"),
+        url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, f"{path}: checkout.url")[0]),
+        commit=chosen.lower(),
+        profile_name=name,
+        profile=load_profile(name, said_by, config),
+        mixed_precision=mixed_precision or file.mixed_precision,
+        generations_kept=file.generations_kept,
+        network_stall_seconds=file.network_stall_seconds,
+    )
+
+
+def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> Profile:
+    """Read one profile; ``said_by`` names where the choice came from, for the error."""
+    known = profile_names(config)
+    if name not in known:
+        raise UsageError(f"{said_by}: there is no profile {name!r}", f"accepted: {', '.join(known)}")
+    path = config / "profiles" / f"{name}.yaml"
+    profile = read_yaml(path, Profile)
+    releases = {"macos": profile.macos, **{f"needs_macos.{k}": v for k, v in profile.needs_macos.items()}}
+    for key, release in releases.items():
+        if not _RELEASE.fullmatch(release):
+            raise UsageError(
+                f"{path}: {key}: found {release!r}", 'accepted: a release of macOS, such as "14.0"'
+            )
+    return profile
+
+
+def load_gui(config: Path = CONFIG) -> Gui:
+    """Read what is said of kohya's web page."""
+    return read_yaml(config / "gui.yaml", Gui)
+
+
+def profile_names(config: Path = CONFIG) -> list[str]:
+    """The profiles that exist, in alphabetical order."""
+    return sorted(path.stem for path in (config / "profiles").glob("*.yaml"))
+
+
+def read_yaml(path: Path, kind: type[T]) -> T:
+    """Read a YAML file into ``kind``.
+
+    Raises:
+        UsageError: when it is missing, is not YAML, or does not have that shape.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 -- both are safe
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", restores(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {_explain(str(error), data, kind)}") from error
+
+
+def _explain(message: str, data: Any, kind: type[msgspec.Struct]) -> str:
+    """msgspec names the key and the type; add what was found there and what is accepted."""
+    what, _, where = message.partition(" - at `")
+    keys = re.findall(r"[^.$`\[\]]+", where)
+    found, inside = data, kind
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+        field = next((f for f in msgspec.structs.fields(inside) if f.encode_name == key), None)
+        if field is not None and isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            inside = field.type
+    accepted = ", ".join(field.encode_name for field in msgspec.structs.fields(inside))
+    place = ".".join(keys)
+    if "unknown field" in what or "missing required field" in what:
+        return f"{place + ': ' if place else ''}{what[0].lower() + what[1:]}; accepted keys: {accepted}"
+    return f"{place or 'the file'}: {what[0].lower() + what[1:]}; found {found!r}"
+
+
+def _override(from_file: str, variable: str, flag: str | None, file_says: str) -> tuple[str, str]:
+    if flag:
+        value, said_by = flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
+    elif os.environ.get(variable):
+        value, said_by = os.environ[variable], variable
+    else:
+        value, said_by = from_file, file_says
+    if not value:
+        raise UsageError(f"{said_by}: found {value!r}", "accepted: a text that is not empty")
+    # Bytes that are no UTF-8 arrive as lone surrogates: no report could be printed.
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        raise UsageError(
+            f"{said_by}: {value!r} has a control character or is no UTF-8", "choose a name without"
+        )
+    return value, said_by
+
+
+def _url(value: str) -> str:
+    if value.startswith("-"):
+        raise UsageError(f"KOHYA_REPO_URL: {value!r} is no address", "give a URL or a path")
+    path = os.path.expanduser(value)  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+    return os.path.abspath(path) if os.path.exists(path) else value  # noqa: PTH110 -- any length
+
+
+def _home(from_file: str, file_says: str) -> Path:
+    value, said_by = _override(from_file, "KOHYA_HOME", None, file_says)
+    try:
+        home = Path(os.path.abspath(Path(value).expanduser()))
+        home.exists()
+    except RuntimeError as error:
+        raise UsageError(f"{said_by}: {value!r}: {error}", "write the path in full") from error
+    except OSError as error:
+        raise UsageError(f"{said_by}: {value!r}: {error.strerror}", "choose another path") from error
+    return home
+
+
+def hugging_face_home() -> Path:
+    """Where Hugging Face's libraries keep their things: ``HF_HOME``, else below the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(os.path.expanduser(place))  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+
+
+def without_secret(url: str) -> str:
+    """An address as it may be printed and recorded: without the name and password in it."""
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", url)

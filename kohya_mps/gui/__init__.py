@@ -1,0 +1,1 @@
+"""kohya's own web page."""

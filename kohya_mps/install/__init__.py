@@ -1,0 +1,1 @@
+"""From an empty directory to a verified training step, and back."""

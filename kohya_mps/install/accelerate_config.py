@@ -1,0 +1,253 @@
+"""The accelerate configuration: written by accelerate's helper, corrected, read back, checked.
+
+It lies beside the environment, and every launch names it. accelerate's default location
+gets a copy while nobody else's file is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from kohya_mps.core.errors import StepFailed, UsageError, restores
+from kohya_mps.core.files import write
+from kohya_mps.core.installation import Home
+from kohya_mps.core.machine import expected_device, macos, on_mac
+from kohya_mps.core.report import Check, Report, Status
+from kohya_mps.core.settings import CONFIG, PROBES, Settings, hugging_face_home
+
+from . import accelerate_launch
+from .generations import Generation
+
+_MARK = "# Written by kohya-mps; it is replaced only while this digest fits: "
+_BACKUP = ".before-kohya-mps"
+
+
+def fields(settings: Settings) -> dict[str, object]:
+    """Every field that decides how a training is launched: one process on one machine's device."""
+    return _template("mps" if on_mac() else "one-gpu") | {"mixed_precision": settings.mixed_precision}
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """How trainings are spread: processes on each machine, and this machine among several.
+
+    ``rank`` counts from 0; ``address`` and ``port`` are the first machine's, as the others reach it.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    rank: int = 0
+    address: str = ""
+    port: int = 29500
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be meant, or cannot be had on this device."""
+        if self.processes < 1 or self.machines < 1:
+            raise UsageError("--processes and --machines: accepted: 1 or more")
+        if not 0 <= self.rank < self.machines:
+            raise UsageError(
+                f"--machine-rank: {self.rank} of {self.machines} machines",
+                f"accepted: 0 to {self.machines - 1}",
+            )
+        if self.machines > 1 and not self.address:
+            raise UsageError(
+                "--main-address is not given", "give the first machine's address, as the others reach it"
+            )
+        if not 0 < self.port < 65536:
+            raise UsageError(f"--main-port: {self.port} is no port", "accepted: 1 to 65535")
+        if on_mac() and (self.processes, self.machines) != (1, 1):
+            raise UsageError(
+                "MPS is one device that several processes cannot train on together "
+                "(torch.distributed has no backend for it)",
+                "train on one Mac with one process, or on machines with CUDA",
+            )
+
+
+def spread(settings: Settings, generation: Generation, layout: Layout) -> Check:
+    """Write how trainings are launched from now on, or go back to one process.
+
+    The configuration lies in the home, not in a generation: it stays when the environment
+    is renewed, and the verification goes on with one process.
+
+    Raises:
+        UsageError: the layout cannot be meant.
+        StepFailed: accelerate reads something else than was written.
+    """
+    layout.check()
+    name, target = "trainings", Home(settings.home).spread_config
+    if (layout.processes, layout.machines) == (1, 1):
+        target.unlink(missing_ok=True)
+        return Check(name, Status.PASS, "one process on this machine")
+    wanted = _template("several-machines" if layout.machines > 1 else "several-gpus") | {
+        "mixed_precision": settings.mixed_precision,
+        "num_processes": layout.processes * layout.machines,
+        "num_machines": layout.machines,
+        "machine_rank": layout.rank,
+    }
+    if layout.machines > 1:
+        wanted |= {"main_process_ip": layout.address, "main_process_port": layout.port}
+    _write_checked(generation, target, wanted)
+    machines = (
+        f" on each of {layout.machines} machines, this being number {layout.rank}"
+        if layout.machines > 1
+        else ""
+    )
+    plural = "es" if layout.processes > 1 else ""
+    return Check(name, Status.PASS, f"{layout.processes} process{plural}{machines}: {target}")
+
+
+def _template(name: str) -> dict[str, object]:
+    path = CONFIG / "accelerate" / f"{name}.yaml"
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), dict[str, object])
+    except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
+        raise UsageError(f"{path}: {error}", restores(path)) from error
+
+
+def check_precision(settings: Settings) -> None:
+    """Refuse a mixed precision that this device cannot train with.
+
+    Raises:
+        UsageError: with the reason and what the profile allows.
+    """
+    device = expected_device()
+    allowed = settings.profile.precisions(device)
+    if settings.mixed_precision not in allowed:
+        needed = settings.profile.needs_macos.get(settings.mixed_precision)
+        older = (
+            f"; it needs macOS {needed} there, and this is {macos()}" if needed and device == "mps" else ""
+        )
+        raise UsageError(
+            f"mixed_precision: {settings.mixed_precision!r} does not work on {device} with the profile "
+            f"{settings.profile_name} ({settings.profile.summary}){older}",
+            f"accepted: {', '.join(allowed)} (config/settings.yaml: mixed_precision, or --mixed-precision)",
+        )
+
+
+def configure(settings: Settings, generation: Generation, *, replace_default: bool = False) -> Report:
+    """Write and check the configuration of a generation, and the default one where it is ours to write.
+
+    Args:
+        settings: the mixed precision, and the profile that limits it.
+        generation: whose environment and configuration it is.
+        replace_default: back up somebody else's default configuration and replace it.
+    """
+    check_precision(settings)
+    checks = (write_own(settings, generation), write_default(generation, replace=replace_default))
+    extra = {"config_file": str(generation.accelerate_config), "default_config": str(default_location())}
+    return Report("accelerate configuration", checks, extra)
+
+
+def write_own(settings: Settings, generation: Generation) -> Check:
+    """The configuration beside the environment, which every launch of ours names.
+
+    Raises:
+        StepFailed: accelerate could not write it, or reads back something else.
+    """
+    name, wanted, target = "accelerate configuration", fields(settings), generation.accelerate_config
+    if is_current(target, wanted):
+        return Check(name, Status.PASS, f"{target} is in place")
+    _write_checked(generation, target, wanted)
+    return Check(name, Status.PASS, f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}")
+
+
+def _write_checked(generation: Generation, target: Path, wanted: dict[str, object]) -> None:
+    try:
+        printed = accelerate_launch.probe(
+            generation, PROBES / "accelerate_config.py", str(target), json.dumps(wanted)
+        )
+    except accelerate_launch.ProbeFailed as error:
+        raise StepFailed(
+            f"accelerate could not write its configuration: {error}", "`invoke setup` repairs the environment"
+        ) from error
+    read_back = json.loads(printed)
+    wrong = [
+        f"{key} is {read_back.get(key)!r}, not {value!r}"
+        for key, value in wanted.items()
+        if _unlike(read_back.get(key), value)
+    ]
+    if wrong:
+        raise StepFailed(f"accelerate reads {target} differently than it was written: {'; '.join(wrong)}")
+
+
+def is_current(path: Path, wanted: dict[str, object]) -> bool:
+    """Whether a configuration says what is wanted, field by field."""
+    try:
+        present = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(present, dict) and all(
+        key in present and present[key] == value for key, value in wanted.items()
+    )
+
+
+def default_location() -> Path:
+    """Where accelerate looks when no file is named (accelerate 1.3.0, config_args.py, lines 31 to 43)."""
+    return hugging_face_home() / "accelerate" / "default_config.yaml"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this project wrote a default configuration and nobody edited it since."""
+    try:
+        head, _, body = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return head == _MARK + hashlib.sha256(body.encode()).hexdigest()
+
+
+def backup(default: Path) -> Path:
+    """Where somebody else's default configuration is kept while ours is in its place."""
+    return default.with_name(default.name + _BACKUP)
+
+
+def original(kept: Path) -> Path:
+    """Where a backup belongs."""
+    return kept.with_name(kept.name.removesuffix(_BACKUP))
+
+
+def exists(path: Path) -> bool:
+    """Whether anything, a dangling link too, has this name."""
+    return os.path.lexists(path)
+
+
+def write_default(generation: Generation, *, replace: bool = False) -> Check:
+    """Copy a generation's configuration to accelerate's default location, if it is ours to write.
+
+    A file that this project did not write, or that was edited since, is named and left
+    alone; ``replace`` backs it up first.
+    """
+    name, path = "accelerate default", default_location()
+    body = generation.accelerate_config.read_text(encoding="utf-8")
+    content = f"{_MARK}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+    note = ""
+    if exists(path) and not is_ours(path):
+        if not replace:
+            found = "is a directory" if path.is_dir() else "was written by something else"
+            return Check(
+                name, Status.WARN, f"{path} {found} and is left alone; only launches by other tools read it",
+                "`invoke configure --replace-default` backs it up and replaces it",
+            )  # fmt: skip
+        kept = backup(path)
+        if exists(kept):
+            raise UsageError(f"{kept} exists already and would be overwritten", "move it away first")
+        path.rename(kept)
+        note = f"; the one that was there is {kept.name}"
+    try:
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            write(path, content.encode())
+    except OSError as error:
+        return Check(
+            name, Status.WARN, f"{path} cannot be written ({error.strerror}); our launches do not need it"
+        )
+    return Check(name, Status.PASS, f"{path}{note}")
+
+
+def _unlike(found: object, wanted: object) -> bool:
+    # accelerate turns some of its fields into enumerations of its own.
+    told = str(found).upper()
+    return str(wanted).upper() not in (told, told.rpartition(".")[2])

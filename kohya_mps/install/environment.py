@@ -1,0 +1,298 @@
+"""The environment: Python 3.11 and exactly the packages of a lock, checked by their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from kohya_mps.core.errors import StepFailed, UsageError
+from kohya_mps.core.files import write
+from kohya_mps.core.installation import Home, check_place
+from kohya_mps.core.machine import machine_wanted, on_mac
+from kohya_mps.core.process import capture, scrubbed, stream, uv
+from kohya_mps.core.report import Check, Report, Status, say
+from kohya_mps.core.run_lock import held
+from kohya_mps.core.settings import ROOT, Profile, Settings
+
+from . import generations, inventory, lockfile, package_index
+from .generations import Generation, Manifest
+
+
+class Interpreter(msgspec.Struct, frozen=True):
+    """A Python that environments are made from."""
+
+    path: str
+    version: str
+    machine: str
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a build would have to do.
+
+    ``gui`` is whether kohya's web page is to be in it. ``usable`` is a complete, unchanged
+    generation of the lock. ``changed`` is one whose distributions named in ``differences`` are
+    no longer as they were built.
+    """
+
+    lock: lockfile.Lock
+    gui: bool
+    usable: Generation | None
+    changed: Generation | None
+    differences: tuple[inventory.Difference, ...]
+
+
+def plan(settings: Settings, *, gui: bool | None = None) -> Plan:
+    """Look for a generation of the profile's lock, and whether it is as it was built.
+
+    Args:
+        settings: the home and the profile.
+        gui: with kohya's web page, or without it; when not given, as in the active generation, or the last one that was.
+    """
+    if gui is None:
+        latest = generations.latest(Home(settings.home))
+        gui = latest is not None and latest.has_gui()
+    lock = lockfile.read(settings.profile.lock_for(gui=gui))
+    changed: Generation | None = None
+    differences: tuple[inventory.Difference, ...] = ()
+    for generation in generations.present(Home(settings.home)):
+        manifest = generation.manifest()
+        if manifest is None or manifest.lock != lock.digest or manifest.profile != settings.profile_name:
+            continue
+        found = inventory.differences(manifest.inventory, inventory.take(generation.venv))
+        if not found and generation.python.exists():
+            return Plan(lock, gui, generation, None, ())
+        if changed is None:
+            changed, differences = generation, tuple(found)
+    return Plan(lock, gui, None, changed, differences)
+
+
+def renew(settings: Settings) -> Report:
+    """``nox -s venv``: build the environment and make it the active one.
+
+    Without checkout and verification; the configuration is that of the one before it.
+    """
+    home = Home(settings.home)
+    check_place(home)
+    planned = plan(settings)
+    with held(home):
+        generations.make_way(home, replace=False)
+        generation, before = build(settings, planned), generations.active(home)
+        if before and before.accelerate_config.exists() and not generation.accelerate_config.exists():
+            write(generation.accelerate_config, before.accelerate_config.read_bytes())
+        generations.activate(home, generation)
+        gone = generations.collect(home, settings.generations_kept)
+    how = "in place" if generation == planned.usable else "built"
+    built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
+    collected = Check(
+        "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
+    )
+    return Report(f"Environment of {home.root}", (built, collected), {"generation": generation.name})
+
+
+def build(settings: Settings, planned: Plan | None = None) -> Generation:
+    """Bring about a complete generation of the profile's lock, beside the active one.
+
+    A complete, unchanged one of the same lock is taken as it is. The result is not made
+    active; :func:`kohya_mps.install.generations.activate` does that.
+
+    Raises:
+        UsageError: no fitting Python, too little disk, an unreadable lock.
+        StepFailed: uv could not install the lock.
+    """
+    home, planned = Home(settings.home), planned or plan(settings)
+    if planned.usable:
+        return planned.usable
+    if planned.changed:
+        names = [difference.name for difference in planned.differences]
+        say(f"  {planned.changed.name} is not as it was built ({', '.join(names[:5])}): building it anew")
+        if edited := inventory.damaged(planned.changed.venv, names):
+            # uv links files out of its cache: what was edited here was edited there.
+            capture([uv(), "cache", "clean", *edited])
+    else:
+        check_disk(home, settings.profile)
+    interpreter = find_python(settings.profile)
+    started = time.monotonic()
+    generation = _fresh(home, settings, planned, interpreter)
+    try:
+        found = install(generation.venv, interpreter.path, planned.lock)
+        manifest = Manifest(
+            profile=settings.profile_name,
+            lock=planned.lock.digest,
+            python=interpreter.version,
+            interpreter=interpreter.path,
+            inventory=found,
+            seconds=time.monotonic() - started,
+            gui=planned.gui,
+        )
+        generation.complete(manifest)
+    except BaseException:
+        shutil.rmtree(generation.path, ignore_errors=True)
+        raise
+    return generation
+
+
+def install(venv: Path, python: str, lock: lockfile.Lock) -> inventory.Inventory:
+    """Make a new environment at ``venv``, install the lock into it with uv, and check the result.
+
+    No version is resolved and nothing is built from source. Files come as links or clones
+    from uv's cache, so a second environment costs next to no disk.
+    """
+    make = capture(
+        [uv(), "venv", "--quiet", "--no-project", "--prompt", "kohya_ss", "--python", python, venv], cwd=ROOT
+    )
+    if make.returncode:
+        raise StepFailed(f"uv cannot make an environment in {venv}: {make.stderr.strip()}")
+    sync(venv, lock)
+    found = inventory.take(venv)
+    if found.incomplete:
+        names = ", ".join(found.incomplete)
+        say(f"  files of {names} are damaged in uv's cache: fetching them again")
+        capture([uv(), "cache", "clean", *found.incomplete])
+        sync(venv, lock, reinstall=found.incomplete)
+        found = inventory.take(venv)
+    wanted = lock.versions(lockfile.here(on_mac()))
+    wrong = compare(wanted, {name: found.distributions[name].version for name in found.distributions})
+    wrong += [f"{name} is incomplete" for name in found.incomplete]
+    if wrong:
+        raise StepFailed(f"the environment does not hold what the lock says: {'; '.join(wrong[:5])}")
+    return found
+
+
+def sync(venv: Path, lock: lockfile.Lock, reinstall: tuple[str, ...] = ()) -> None:
+    """Install exactly the lock's packages with ``uv pip sync``, digests checked.
+
+    What uv's cache holds is taken without asking any index; then the index is asked, and
+    the extra indexes that pip is configured with only where that was not enough.
+    """
+    command = [uv(), "pip", "sync", "--python", str(venv / "bin" / "python"), "--require-hashes"]
+    command += [
+        "--only-binary",
+        ":all:",
+        *(f"--reinstall-package={name}" for name in reinstall),
+        *(["--no-index"] if package_index.no_index() else []),
+        str(lock.path),
+    ]
+    # Not in the checkout: its pyproject.toml would configure uv.
+    environ = scrubbed(extra=package_index.for_uv())
+    if capture([*command, "--offline"], cwd=ROOT, env=environ).returncode == 0:
+        return
+    done = stream(command, cwd=ROOT, env=environ)
+    if done.returncode and (extra := package_index.extra_for_uv()):
+        done = stream(command, cwd=ROOT, env=environ | extra)
+    if done.returncode == 0:
+        return
+    if "Hash mismatch" in done.tail:
+        raise StepFailed(
+            f"a package does not have the hash that {lock.path.name} says (uv's message is above)",
+            f"`git diff {lock.path.name}` shows whether the lock was changed; "
+            "if it was not, the index or mirror serves something else",
+        )
+    if "No space left" in done.tail:
+        raise StepFailed(
+            f"the disk is full: {done.last_line}", "free some space, then run the same command again"
+        )
+    raise StepFailed(
+        f"uv could not install {lock.path.name}: {done.last_line}",
+        "check the network and the disk; the same command goes on from what is downloaded",
+    )
+
+
+def compare(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
+    """How an environment's versions differ from the lock's, one line each."""
+    lines = [
+        f"{name} {version} is {found.get(name, 'missing')}"
+        for name, version in sorted(wanted.items())
+        if found.get(name) != version
+    ]
+    return lines + [
+        f"{name} {found[name]} is not in the lock" for name in sorted(found.keys() - wanted.keys())
+    ]
+
+
+def find_python(profile: Profile) -> Interpreter:
+    """A Python of the profile's version, native to this machine; uv downloads one if there is none.
+
+    The one that runs this is taken when it fits.
+
+    Raises:
+        UsageError: none can be had, or this is a Mac and it is not native.
+    """
+    own = Interpreter(
+        # Not resolved: Homebrew's links outlive the versions that they point to.
+        getattr(sys, "_base_executable", sys.executable),
+        platform.python_version(),
+        platform.machine(),
+    )
+    if own.version.startswith(f"{profile.python}.") and own.machine == machine_wanted():
+        return own
+    request = f"cpython-{profile.python}-macos-aarch64-none" if on_mac() else profile.python
+    found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
+    if found.returncode:
+        say(f"  no Python {profile.python} here: uv fetches one")
+        stream([uv(), "python", "install", "--no-bin", request], cwd=ROOT)
+        found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
+    if found.returncode:
+        how = "`brew install python@3.11`" if on_mac() else "your system's package manager"
+        raise UsageError(
+            f"Python {profile.python} was not found, and uv could not download one "
+            f"(kohya_ss and the lock agree on {profile.python} alone; this is {platform.python_version()})",
+            f"install it with {how}, or get online and run the same command again",
+        )
+    path = found.stdout.strip()
+    ask = "import platform; print(platform.python_version(), platform.machine())"
+    answer = capture([path, "-I", "-c", ask])
+    if answer.returncode:
+        raise UsageError(
+            f"{path} does not run: {answer.stderr.strip()}", f"install Python {profile.python} again"
+        )
+    version, machine = answer.stdout.split()
+    return Interpreter(path, version, machine)
+
+
+def check_disk(home: Home, profile: Profile) -> None:
+    """Refuse to begin what cannot end well.
+
+    Raises:
+        UsageError: less free disk than the profile says a first installation needs.
+    """
+    place = home.root
+    while not place.exists():
+        place = place.parent
+    needed = profile.disk_gb["darwin" if on_mac() else "linux"]
+    free = shutil.disk_usage(place).free / 1e9
+    if free < needed:
+        raise UsageError(
+            f"{place} has {free:.1f} GB of free disk; the environment and its downloads need {needed:g} GB",
+            "free some space, or choose another disk with KOHYA_HOME",
+        )
+
+
+def _fresh(home: Home, settings: Settings, planned: Plan, interpreter: Interpreter) -> Generation:
+    """An unused directory, named after what goes into it; an interrupted build in it is removed."""
+    what = "\0".join(
+        (
+            planned.lock.digest,
+            settings.profile_name,
+            interpreter.path,
+            interpreter.version,
+            platform.machine(),
+        )
+    )
+    page = "-gui" if planned.gui else ""
+    name = f"{settings.profile_name}{page}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    number = 1
+    while True:
+        generation = Generation(home.generations / (name if number == 1 else f"{name}-{number}"))
+        interrupted = generation.path.exists() and generation.manifest() is None
+        if interrupted and generation != generations.linked(home):
+            generations.discard(generation)
+        if not generation.path.exists():
+            generation.path.mkdir(parents=True)
+            return generation
+        number += 1

@@ -1,0 +1,214 @@
+"""Generations: built environments side by side, one of them active.
+
+A generation is a directory with the environment (``venv/``), what was built into it
+(``manifest.json``, written last: without it the build was interrupted), its accelerate
+configuration and, once it was verified, its receipt. ``KOHYA_HOME/venv`` links to the
+active one; switching is one rename, and everything that belongs together switches with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kohya_mps.core.errors import StepFailed, UsageError
+from kohya_mps.core.files import link, write
+from kohya_mps.core.installation import Home
+from kohya_mps.core.process import running_from
+from kohya_mps.core.report import say
+
+from .inventory import Inventory
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What went into an environment and what came out.
+
+    ``lock`` is the digest of the constraints file, ``seconds`` how long the build took,
+    ``gui`` whether the lock was that with kohya's web page.
+    """
+
+    profile: str
+    lock: str
+    python: str
+    interpreter: str
+    inventory: Inventory
+    seconds: float
+    gui: bool = False
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One built, or half-built, environment in its directory."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Made from what went into it; a repaired one has a number behind it."""
+        return self.path.name
+
+    @property
+    def venv(self) -> Path:
+        """The environment itself."""
+        return self.path / "venv"
+
+    @property
+    def python(self) -> Path:
+        """The trainer's interpreter."""
+        return self.venv / "bin" / "python"
+
+    @property
+    def accelerate_config(self) -> Path:
+        """The accelerate configuration, beside the environment."""
+        return self.path / "accelerate.yaml"
+
+    @property
+    def receipt(self) -> Path:
+        """The record of what was installed and verified."""
+        return self.path / "receipt.json"
+
+    @property
+    def _manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def _turn(self) -> Path:
+        return self.path / "turn"
+
+    def manifest(self) -> Manifest | None:
+        """What was built; nothing when the build did not finish."""
+        try:
+            return msgspec.json.decode(self._manifest.read_bytes(), type=Manifest)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def has_gui(self) -> bool:
+        """Whether kohya's web page is installed besides the trainer."""
+        manifest = self.manifest()
+        return manifest is not None and manifest.gui
+
+    def complete(self, manifest: Manifest) -> None:
+        """Declare the build finished: the last thing written."""
+        write(self._manifest, msgspec.json.encode(manifest))
+
+    def turn(self) -> int:
+        """A number that grows with each activation; 0 when it was never active."""
+        try:
+            return int(self._turn.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return 0
+
+
+def present(home: Home) -> list[Generation]:
+    """All generations of a home, the latest active one first, interrupted builds last."""
+    if not home.generations.is_dir():
+        return []
+    found = [Generation(path) for path in sorted(home.generations.iterdir()) if path.is_dir()]
+    return sorted(found, key=lambda generation: (generation.manifest() is None, -generation.turn()))
+
+
+def linked(home: Home) -> Generation | None:
+    """The generation that ``venv`` links to, whatever state it is in."""
+    if not home.venv.is_symlink():
+        return None
+    target = Path(os.path.normpath(home.venv.parent / home.venv.readlink()))
+    return Generation(target.parent) if target.parent.parent == home.generations else None
+
+
+def active(home: Home) -> Generation | None:
+    """The generation that ``venv`` links to, if it is complete."""
+    generation = linked(home)
+    return generation if generation and generation.manifest() else None
+
+
+def latest(home: Home) -> Generation | None:
+    """The complete generation that is active or was the last to be."""
+    return next((g for g in _complete(home) if g.turn()), None)
+
+
+def previous(home: Home) -> Generation | None:
+    """The generation that was active before the active one."""
+    now = active(home)
+    return next((g for g in _complete(home) if g.turn() and g != now), None)
+
+
+def foreign_venv(home: Home) -> bool:
+    """Whether ``venv`` is something that this project did not put there."""
+    return os.path.lexists(home.venv) and linked(home) is None
+
+
+def make_way(home: Home, *, replace: bool) -> None:
+    """Move an environment that somebody else made aside when asked; it is never touched otherwise.
+
+    Raises:
+        UsageError: there is one, and ``replace`` was not asked for.
+    """
+    if not foreign_venv(home):
+        return
+    if not replace:
+        raise UsageError(
+            f"{home.venv} is an environment that this project did not build",
+            "`invoke setup --replace-venv` moves it aside (nothing is deleted)",
+        )
+    aside = home.root / f"venv.before-kohya-mps-{int(time.time())}"
+    home.venv.rename(aside)
+    say(f"      moved {home.venv} to {aside}")
+
+
+def activate(home: Home, generation: Generation) -> None:
+    """Make a complete generation the active one.
+
+    Raises:
+        StepFailed: it is not complete.
+    """
+    if generation.manifest() is None:
+        raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
+    if active(home) != generation or not generation.turn():
+        turns = [g.turn() for g in present(home)]
+        write(generation._turn, str(max(turns, default=0) + 1).encode())
+        link(home.venv, generation.venv)
+
+
+def collect(home: Home, keep: int) -> list[str]:
+    """Remove interrupted builds and all but the newest ``keep`` generations.
+
+    Never the active one, nor the one before it while two or more are kept, nor one that a
+    training still runs from. A second generation of the active one's lock was replaced
+    because it had been changed; it goes.
+
+    Returns:
+        The names of what was removed.
+    """
+    now = linked(home)
+    made_of = _origin(now) if now else None
+    complete = [g for g in _complete(home) if g != now and g.turn() and _origin(g) != made_of]
+    kept = [*([now] if now else []), *complete[: max(keep - 1, 0)]]
+    gone = []
+    for generation in present(home):
+        if generation in kept:
+            continue
+        if users := running_from(generation.path):
+            say(f"  {generation.name} stays: process {users[0]} runs from it")
+            continue
+        discard(generation)
+        gone.append(generation)
+    return [generation.name for generation in gone]
+
+
+def discard(generation: Generation) -> None:
+    """Remove a generation, so that at no moment it looks complete while it is not."""
+    generation._manifest.unlink(missing_ok=True)
+    shutil.rmtree(generation.path)
+
+
+def _complete(home: Home) -> Iterator[Generation]:
+    return (g for g in present(home) if g.manifest() is not None)
+
+
+def _origin(generation: Generation) -> tuple[str, str] | None:
+    manifest = generation.manifest()
+    return (manifest.profile, manifest.lock) if manifest else None

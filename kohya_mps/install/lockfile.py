@@ -1,0 +1,122 @@
+"""Reading a lock: ``constraints/NAME.txt``, every distribution with its version and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+from packaging.markers import Marker
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from kohya_mps.core.errors import UsageError, restores
+
+#: What a Mac answers to the markers of PEP 508; the operating system's own version is not used.
+MAC_ARM64: Mapping[str, str] = {
+    "implementation_name": "cpython",
+    "implementation_version": "3.11.0",
+    "os_name": "posix",
+    "platform_machine": "arm64",
+    "platform_python_implementation": "CPython",
+    "platform_system": "Darwin",
+    "python_full_version": "3.11.0",
+    "python_version": "3.11",
+    "sys_platform": "darwin",
+}
+
+#: The same for the Linux machines that contributors and CI use.
+LINUX_X86_64: Mapping[str, str] = {
+    **MAC_ARM64,
+    "platform_machine": "x86_64",
+    "platform_system": "Linux",
+    "sys_platform": "linux",
+}
+
+_SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """One distribution of a lock: canonical name, exact version, marker, allowed digests."""
+
+    name: str
+    version: str
+    marker: str
+    hashes: tuple[str, ...]
+
+    def applies(self, environment: Mapping[str, str]) -> bool:
+        """Whether the pin is installed where the markers have these values."""
+        return not self.marker or Marker(self.marker).evaluate(dict(environment))
+
+
+class Lock(msgspec.Struct, frozen=True):
+    """A constraints file: every distribution with its version and digests."""
+
+    path: Path
+    digest: str
+    pins: tuple[Pin, ...]
+
+    def versions(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Distribution name to version, for a machine with these marker values."""
+        return {pin.name: pin.version for pin in self.pins if pin.applies(environment)}
+
+
+def here(mac: bool) -> Mapping[str, str]:
+    """The marker values of the machine that the lock is used on."""
+    return MAC_ARM64 if mac else LINUX_X86_64
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(path: Path) -> Lock:
+    """Read a lock.
+
+    Raises:
+        UsageError: when it is missing, or a line is not an exact, hashed pin.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}", restores(path)) from error
+    pins = tuple(_pin(path, number, line) for number, line in _logical_lines(text))
+    if not pins:
+        raise UsageError(f"{path}: holds no pins", "`nox -s lock` makes it again")
+    return Lock(path, hashlib.sha256(text.encode()).hexdigest(), pins)
+
+
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Requirement lines with their hashes joined, and the line number they start at."""
+    pending, start = "", 0
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.split(" #")[0].strip() if not raw.lstrip().startswith("#") else ""
+        if not line:
+            continue
+        start = start if pending else number
+        pending += line.removesuffix("\\")
+        if not line.endswith("\\"):
+            yield start, pending
+            pending = ""
+    if pending:
+        yield start, pending
+
+
+def _pin(path: Path, number: int, line: str) -> Pin:
+    specification, *hashes = (part.strip() for part in line.split("--hash="))
+    remedy = f"{restores(path)}, `nox -s lock` makes it again"
+    try:
+        requirement = Requirement(specification)
+    except InvalidRequirement as error:
+        raise UsageError(f"{path}:{number}: {specification!r} is not a pin", remedy) from error
+    exact = [s for s in requirement.specifier if s.operator == "==" and "*" not in s.version]
+    if requirement.url or len(exact) != 1 or len(requirement.specifier) != 1:
+        raise UsageError(f"{path}:{number}: {specification!r} is not pinned to one version", remedy)
+    if not hashes or not all(_SHA256.fullmatch(value) for value in hashes):
+        raise UsageError(f"{path}:{number}: {requirement.name} has a missing or malformed hash", remedy)
+    marker = str(requirement.marker) if requirement.marker else ""
+    return Pin(canonicalize_name(requirement.name), exact[0].version, marker, tuple(hashes))

@@ -1,0 +1,1 @@
+"""Projects and trainings: made, started, followed, summarized, reported."""

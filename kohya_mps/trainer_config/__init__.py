@@ -1,0 +1,1 @@
+"""A training's settings, in every format that people have: read, typed, corrected."""

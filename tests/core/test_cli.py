@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from kohya_mps.core import cli
+from kohya_mps.core.errors import Busy, StepFailed, UsageError
+from kohya_mps.core.report import Check, Report, Status
+
+
+@pytest.fixture(autouse=True)
+def _handlers_and_umask() -> object:
+    handler, mask = signal.getsignal(signal.SIGTERM), os.umask(0o022)
+    os.umask(mask)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    os.umask(mask)
+
+
+def failing(error: BaseException) -> object:
+    def step() -> Report:
+        raise error
+
+    return step
+
+
+def ended(step: object, **options: bool) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(step, **options)  # type: ignore[arg-type]
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def report(status: Status) -> Report:
+    return Report("A title", (Check("a check", status, "what was found", "what to type"),), {"more": [1]})
+
+
+def test_a_good_report_is_printed_and_nothing_is_raised(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(lambda: report(Status.WARN))
+    assert "what was found" in capsys.readouterr().out
+
+
+def test_a_failed_check_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(lambda: report(Status.FAIL)) == 1
+    assert "what to type" in capsys.readouterr().out
+
+
+def test_json_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(lambda: report(Status.PASS), json=True)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "ok": True,
+        "checks": [{"name": "a check", "status": "pass", "detail": "what was found", "fix": "what to type"}],
+        "more": [1],
+    }
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(StepFailed("what", "fix"), 1), (UsageError("what", "fix"), 2), (Busy("what", "fix"), 3)],
+)
+def test_an_error_is_told_without_a_traceback_and_as_json(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(failing(error), json=True) == code
+    printed = capsys.readouterr()
+    assert printed.err == "error: what\n  -> fix\n"
+    told = json.loads(printed.out)
+    assert told["ok"] is False
+    assert told["checks"][0]["fix"] == "fix"
+
+
+def test_an_interruption_ends_with_130_and_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(failing(KeyboardInterrupt())) == 130
+    assert "same command" in capsys.readouterr().err
+
+
+def test_a_termination_is_an_interruption() -> None:
+    def step() -> Report:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report(Status.PASS)
+
+    assert ended(step) == 130
+
+
+def test_a_returned_exit_code_is_passed_on() -> None:
+    assert ended(lambda: 7) == 7
+
+
+def test_dry_is_refused_before_anything_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    def step() -> int:
+        raise AssertionError("the step was run")
+
+    assert ended(step, dry=True) == 2
+    assert "--dry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EACCES, "No permission"),
+     (errno.EROFS, "No permission")],
+)  # fmt: skip
+def test_a_full_or_forbidden_disk_is_the_users_to_mend(
+    number: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(failing(OSError(number, os.strerror(number), "/some/where"))) == 1
+    message = capsys.readouterr().err
+    assert said in message
+    assert "/some/where" in message
+
+
+def test_any_other_error_is_a_bug_and_keeps_its_traceback() -> None:
+    with pytest.raises(OSError, match="Broken pipe"):
+        cli.run(failing(OSError(errno.EPIPE, "Broken pipe")))  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        cli.run(failing(ZeroDivisionError()))  # type: ignore[arg-type]
+
+
+def test_what_a_step_makes_is_writable_for_nobody_else(tmp_path: Path) -> None:
+    os.umask(0)
+
+    def step() -> int:
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "file").write_text("")
+        return 0
+
+    ended(step)
+    for path in (tmp_path / "made", tmp_path / "made" / "file"):
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def test_a_stricter_umask_of_the_users_is_kept(tmp_path: Path) -> None:
+    os.umask(0o077)
+
+    def step() -> int:
+        (tmp_path / "made").mkdir()
+        return 0
+
+    ended(step)
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o700

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kohya_mps.core import machine, settings
+from kohya_mps.core.errors import UsageError
+
+OTHER = "a" * 40
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A copy of ``config/`` that the test may spoil."""
+    return Path(shutil.copytree(settings.CONFIG, tmp_path / "config"))
+
+
+def edit(config: Path, old: str, new: str, name: str = "settings.yaml") -> Path:
+    path = config / name
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+def refused(config: Path, **flags: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        settings.load(config=config, **flags)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_the_committed_files_are_valid_and_name_a_lock_that_exists() -> None:
+    loaded = settings.load()
+    assert loaded.profile_name == "validated"
+    assert loaded.profile.lock_file.is_file()
+    assert loaded.home == Path("~/tools/kohya_ss").expanduser()
+
+
+def test_every_committed_profile_is_valid() -> None:
+    for name in settings.profile_names():
+        assert settings.load_profile(name).lock_file.is_file()
+
+
+def test_a_variable_wins_over_the_file_and_a_flag_over_both(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    by_file = settings.load(config=config)
+    monkeypatch.setenv("KOHYA_COMMIT", OTHER)
+    monkeypatch.setenv("KOHYA_REPO_URL", "https://mirror.invalid/kohya_ss.git")
+    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / "place"))
+    by_variable = settings.load(config=config)
+    assert by_file.commit != by_variable.commit == OTHER
+    assert by_variable.url == "https://mirror.invalid/kohya_ss.git"
+    assert by_variable.home == tmp_path / "place"
+    by_flag = settings.load(
+        config=config, commit="b" * 40, url="https://fork.invalid/x", mixed_precision="bf16"
+    )
+    assert by_flag.commit == "b" * 40
+    assert by_flag.url == "https://fork.invalid/x"
+    assert by_flag.mixed_precision == "bf16"
+
+
+def test_an_empty_variable_counts_as_not_set(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KOHYA_HOME", "KOHYA_COMMIT", "KOHYA_REPO_URL", "KOHYA_PROFILE"):
+        monkeypatch.setenv(name, "")
+    assert settings.load(config=config) == settings.load()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "generations_kept: 2",
+            "generation_kept: 2",
+            ["generation_kept", "accepted keys", "generations_kept"],
+        ),
+        ("  home:", "  hoem:", ["checkout", "hoem", "accepted keys: url, commit, home"]),
+        ("generations_kept: 2", "generations_kept: two", ["generations_kept", "int", "found 'two'"]),
+        ("generations_kept: 2", "generations_kept: 0", ["generations_kept", "found 0", "1 or more"]),
+        ("generations_kept: 2", "", ["generations_kept", "missing"]),
+        ('mixed_precision: "no"', "mixed_precision: no", ["mixed_precision", "str", "found False"]),
+        ("network_stall_seconds: 60", "network_stall_seconds: -1", ["network_stall_seconds", "more than 0"]),
+        (
+            "network_stall_seconds: 60",
+            "network_stall_seconds: .nan",
+            ["network_stall_seconds", "more than 0"],
+        ),
+        ("  home: ~/tools/kohya_ss", '  home: ""', ["checkout.home", "found ''"]),
+        ("  url: https", "  url: [https]\n  no: https", ["checkout"]),
+        ("checkout:", "checkout: [", ["not valid YAML"]),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_file_key_found_and_accepted(
+    config: Path, old: str, new: str, expected: list[str]
+) -> None:
+    path = edit(config, old, new)
+    message = refused(config)
+    for part in [str(path), *expected]:
+        assert part in message
+
+
+def test_an_empty_file_and_a_missing_file_are_named(config: Path) -> None:
+    path = config / "settings.yaml"
+    path.write_text("")
+    assert str(path) in refused(config)
+    path.unlink()
+    assert "git checkout" in refused(config)
+
+
+def test_a_file_that_is_not_text_is_named(config: Path) -> None:
+    (config / "settings.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not valid YAML" in refused(config)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('python: "3.11"', "python: 3.11", ["python", "str", "found 3.11"]),
+        ("  darwin: 3", "  darwin: much", ["disk_gb", "found"]),
+        ("  darwin: [triton]", "  mac: [triton]", ["forbidden", "mac", "accepted keys: any, darwin"]),
+        ("lock: train", "lock: train\nextra: 1", ["extra", "accepted keys"]),
+    ],
+)
+def test_a_mistake_in_a_profile_is_named_as_well(
+    config: Path, old: str, new: str, expected: list[str]
+) -> None:
+    path = edit(config, old, new, "profiles/validated.yaml")
+    message = refused(config)
+    for part in [str(path), *expected]:
+        assert part in message
+
+
+@pytest.mark.parametrize("commit", ["5536d3b", "master", "v25.0.0", "g" * 40, "a" * 41, "-" * 40])
+def test_a_commit_that_is_no_full_id_is_refused_and_its_origin_named(
+    config: Path, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--commit" in refused(config, commit=commit)
+    monkeypatch.setenv("KOHYA_COMMIT", commit)
+    message = refused(config)
+    assert "KOHYA_COMMIT" in message
+    assert repr(commit) in message
+    assert "40 hexadecimal digits" in message
+
+
+def test_a_commit_in_capitals_is_the_same_commit(config: Path) -> None:
+    assert settings.load(config=config, commit="A" * 40).commit == "a" * 40
+
+
+def test_an_unknown_profile_is_refused_with_the_known_ones(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "accepted: " in (message := refused(config, profile="../settings"))
+    assert "validated" in message
+    monkeypatch.setenv("KOHYA_PROFILE", "newest")
+    assert "KOHYA_PROFILE" in (message := refused(config))
+    assert "'newest'" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["with spaces", 'it\'s "quoted"', "$(touch x)", "Größe Übung 写真", "a;b|c&d"]
+)
+def test_any_printable_name_is_a_good_home(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / name))
+    assert settings.load().home == tmp_path / name
+
+
+def test_the_tilde_and_relative_paths_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOHYA_HOME", "~/k s")
+    assert settings.load().home == tmp_path / "user" / "k s"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KOHYA_HOME", "x/../y")
+    assert settings.load().home == tmp_path / "y"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/tmp/a\nb", "/tmp/a\tb", "/tmp/a\x7fb", "~nobody-of-this-name/x", "/tmp/" + 300 * "x", "/tmp/\udcff"],
+)
+def test_a_home_that_cannot_be_meant_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOHYA_HOME", value)
+    assert "KOHYA_HOME" in refused(settings.CONFIG)
+
+
+def test_a_url_may_be_a_path_and_is_then_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "user" / "mirror").mkdir()
+    monkeypatch.setenv("KOHYA_REPO_URL", "~/mirror")
+    assert settings.load().url == str(tmp_path / "user" / "mirror")
+
+
+def test_a_url_that_git_would_take_for_an_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOHYA_REPO_URL", "--upload-pack=touch /tmp/x")
+    assert "KOHYA_REPO_URL" in refused(settings.CONFIG)
+
+
+def test_a_very_long_url_is_still_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "https://token:" + "x" * 5000 + "@mirror.invalid/kohya_ss.git"
+    monkeypatch.setenv("KOHYA_REPO_URL", url)
+    assert settings.load().url == url
+
+
+def test_a_mac_is_expected_to_train_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert machine.expected_device() == "mps"
+    assert settings.load().profile.forbidden_here()[-1] == "triton"
+
+
+def test_elsewhere_the_expected_device_is_never_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    assert machine.expected_device() in ("cuda", "cpu")
+    assert "triton" not in settings.load().profile.forbidden_here()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:secret@git.example/kohya_ss.git", "https://git.example/kohya_ss.git"),
+        ("https://token@git.example/a", "https://git.example/a"),
+        ("https://git.example/a@b", "https://git.example/a@b"),
+        ("git@git.example:a.git", "git@git.example:a.git"),
+    ],
+)
+def test_an_address_is_shown_without_its_secret(url: str, shown: str) -> None:
+    assert settings.without_secret(url) == shown

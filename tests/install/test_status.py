@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kohya_mps.core.installation import Home
+from kohya_mps.core.report import Check, Report, Status
+from kohya_mps.core.run_lock import held
+from kohya_mps.core.settings import Settings
+from kohya_mps.install import accelerate_config, generations, inventory
+from kohya_mps.install.setup import Wanted, installed, setup
+from kohya_mps.install.status import listed, status
+from tests.support.installs import Small, Upstream
+from tests.support.standin import make_lock
+
+UNVERIFIED = Wanted(smoke=False, train_step=False)
+
+
+@pytest.fixture
+def settings(small: Small, upstream: Upstream) -> Settings:
+    """An installation of small packages."""
+    make_lock(small.lock, small.wheels)
+    chosen = msgspec.structs.replace(small.settings, url=str(upstream.kohya_ss), commit=upstream.commit)
+    assert setup(chosen, UNVERIFIED).ok
+    return chosen
+
+
+def failed(report: Report) -> dict[str, Check]:
+    return {check.name: check for check in report.checks if check.status is Status.FAIL}
+
+
+def warned(report: Report) -> dict[str, Check]:
+    return {check.name: check for check in report.checks if check.status is Status.WARN}
+
+
+def snapshot(root: Path) -> dict[Path, int]:
+    return {path: path.lstat().st_mtime_ns for path in root.rglob("*") if path.name not in ("index", "lock")}
+
+
+def test_a_good_installation_has_no_drift_and_looking_changes_nothing(
+    settings: Settings, upstream: Upstream
+) -> None:
+    before = snapshot(settings.home)
+    report = status(settings)
+    assert snapshot(settings.home) == before
+    assert report.ok
+    assert set(warned(report)) == {"smoke check", "training step"}  # neither was asked for
+    details = {check.name: check.detail for check in report.checks}
+    assert details["kohya_ss"] == upstream.commit
+    assert details["sd-scripts"] == upstream.sd_scripts_commit
+    assert "3 packages as they were installed" in details["environment"]
+
+
+def test_nothing_installed_is_told_with_the_command(settings: Settings, tmp_path: Path) -> None:
+    bare = msgspec.structs.replace(settings, home=tmp_path / "bare")
+    report = status(bare)
+    assert set(failed(report)) == {"checkout", "environment"}
+    assert all("invoke setup" in check.fix for check in failed(report).values())
+    assert not bare.home.exists()
+
+
+def _core(settings: Settings) -> Path:
+    return inventory.site_packages(installed(Home(settings.home)).venv) / "plain" / "core.py"
+
+
+def _stray(settings: Settings) -> None:
+    (_core(settings).parent.parent / "sitecustomize.py").touch()
+
+
+def _move_submodule(settings: Settings) -> None:
+    from tests.support.installs import git
+
+    git(Home(settings.home).sd_scripts, "commit", "--quiet", "--allow-empty", "-m", "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "row", "said", "fix"),
+    [
+        (lambda s: _core(s).unlink(), "package plain", "changed or deleted", "invoke setup"),
+        (_stray, "package sitecustomize.py", "belongs to no package", "invoke setup"),
+        (lambda s: (s.home / "kohya_gui.py").write_text("x"), "file kohya_gui.py", "changed", "--stash"),
+        (lambda s: (s.home / "sd-scripts" / "train_network.py").unlink(), "file sd-scripts/train_network.py",
+         "changed", "--stash"),
+        (_move_submodule, "sd-scripts", "stands at", "invoke clone"),
+        (lambda s: installed(Home(s.home)).accelerate_config.write_text("use_cpu: true"),
+         "accelerate configuration", "was edited", "invoke configure"),
+        (lambda s: installed(Home(s.home)).accelerate_config.unlink(), "accelerate configuration", "is missing",
+         "invoke configure"),
+        (lambda s: Home(s.home).venv.unlink(), "environment", "there is none", "invoke setup"),
+    ],
+)  # fmt: skip
+def test_each_drift_is_a_row_with_the_command_that_repairs_it(
+    change: Callable[[Settings], object], row: str, said: str, fix: str, settings: Settings
+) -> None:
+    change(settings)
+    report = status(settings)
+    assert set(failed(report)) == {row}
+    assert said in failed(report)[row].detail
+    assert fix in failed(report)[row].fix
+    if fix == "invoke setup":
+        assert setup(settings, UNVERIFIED).ok
+        assert status(settings).ok
+
+
+def test_an_environment_of_somebody_elses_is_told(settings: Settings) -> None:
+    home = Home(settings.home)
+    home.venv.unlink()
+    home.venv.mkdir()
+    assert "not built by this project" in failed(status(settings))["environment"].detail
+
+
+def test_an_interpreter_that_is_gone_is_told(settings: Settings) -> None:
+    python = installed(Home(settings.home)).python
+    target = python.readlink()
+    python.unlink()
+    python.symlink_to(str(target) + "-gone")
+    assert "interpreter" in failed(status(settings)).keys() | {
+        check.name.removeprefix("package ") for check in failed(status(settings)).values()
+    }
+
+
+def test_a_new_lock_an_interrupted_build_and_an_edited_default_are_warnings(
+    settings: Settings, small: Small
+) -> None:
+    make_lock(small.lock, small.wheels, "1.1")
+    (Home(settings.home).generations / "half").mkdir()
+    accelerate_config.default_location().write_text("mine")
+    Home(settings.home).moving.write_bytes(b"{}")
+    report = status(settings)
+    assert report.ok
+    assert {"lock", "build half", "accelerate default", "checkout"} <= warned(report).keys()
+    accelerate_config.default_location().unlink()
+    assert "was removed" in warned(status(settings))["accelerate default"].detail
+
+
+def test_a_run_in_progress_is_told_with_its_process(settings: Settings) -> None:
+    with held(Home(settings.home)):
+        assert f"process {os.getpid()}" in warned(status(settings))["run in progress"].detail
+    assert "run in progress" not in warned(status(settings))
+
+
+def test_the_generations_are_listed_with_the_active_one_first(settings: Settings, small: Small) -> None:
+    first = installed(Home(settings.home))
+    make_lock(small.lock, small.wheels, "1.1")
+    setup(settings, UNVERIFIED)
+    generations.activate(Home(settings.home), first)
+    rows = listed(Home(settings.home))
+    assert [(row.name == first.name, row.active, row.complete) for row in rows] == [
+        (True, True, True),
+        (False, False, True),
+    ]
+    assert all(row.bytes for row in rows)

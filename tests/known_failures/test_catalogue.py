@@ -1,0 +1,234 @@
+"""The known failures: every entry catches what it is for and lets a near miss pass."""
+
+from __future__ import annotations
+
+import io
+import string
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kohya_mps.core import settings
+from kohya_mps.core.errors import UsageError
+from kohya_mps.core.settings import ROOT
+from kohya_mps.diagnose import doctor, preflight
+from kohya_mps.known_failures import catalogue, log_search
+from kohya_mps.known_failures.catalogue import Failure, Situation
+from tests.support.failure_cases import CASES, Preflight
+from tests.support.world import World
+
+KNOWN = {failure.id: failure for failure in catalogue.load()}
+HEALTHY = doctor.Machine(
+    system="Darwin", architecture="arm64", rosetta=False, virtual_machine=False, macos="15.1",
+    macos_needed="11.0", macos_is_older=False, tools_python="3.11.9", trainer_python="3.11.9", tkinter=True,
+    git="git version 2.39.5", xcode="/Library/Developer/CommandLineTools", free_gb=200.0, needed_gb=3.0,
+    memory_gb=32.0, conda=None, other_venv=None, pythonpath=None, hf_home=None, hf_home_is_file=False,
+    mps_fallback=None, high_watermark=1.7, low_watermark=1.4, watermark_nonsense=None,
+    home="/Users/me/tools/kohya_ss", home_has_space=False, case_sensitive=False,
+    venv="/Users/me/tools/kohya_ss/venv", foreign_venv=False, installed=True, interrupted=False,
+    config="/x/accelerate.yaml", config_use_cpu=False, default_config="/x/default_config.yaml",
+    default_use_cpu=False, default_config_is_directory=False,
+)  # fmt: skip
+
+
+def seen_in(where: str) -> list[str]:
+    return [failure.id for failure in KNOWN.values() if getattr(failure, where)]
+
+
+def situation(failure: Failure) -> Situation:
+    return preflight.situation_of(settings.load(), failure.devices[0])
+
+
+def preflight_ids(
+    case: Preflight, failure: Failure, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    monkeypatch.setenv("HF_HOME", str(root / "hf"))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in case.environ.items():
+        monkeypatch.setenv(name, value)
+    asked = preflight.Question(
+        case.make(World(root)),
+        device=case.device or failure.devices[0],
+        trainer=case.trainer,
+        memory_gb=case.memory_gb,
+    )
+    found: list[str] = preflight.check(settings.load(), asked).extra["failures"]
+    return found
+
+
+def environment_ids(changed: dict[str, Any], failure: Failure) -> list[str]:
+    facts = msgspec.structs.asdict(HEALTHY) | changed
+    found = catalogue.ahead(tuple(KNOWN.values()), "environment", facts, situation(failure))
+    return [finding.failure.id for finding in found]
+
+
+def log_ids(text: str, device: str) -> list[str]:
+    here = [failure for failure in KNOWN.values() if device in failure.devices]
+    return [found.failure.id for found in log_search.search(io.BytesIO(text.encode()), here).found]
+
+
+def test_every_entry_has_a_case_for_each_way_it_can_be_seen() -> None:
+    lacking = [
+        f"{failure.id}: {where}"
+        for failure in KNOWN.values()
+        for where in ("settings", "environment", "log")
+        if bool(getattr(failure, where))
+        is not (failure.id in CASES and getattr(CASES[failure.id], where) is not None)
+    ]
+
+    assert not lacking
+    assert not CASES.keys() - KNOWN.keys()
+
+
+@pytest.mark.parametrize("name", seen_in("settings"))
+def test_preflight_catches_it_in_the_settings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name].settings
+    assert case is not None
+
+    assert name in preflight_ids(case.caught, KNOWN[name], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", seen_in("settings"))
+def test_preflight_lets_the_near_miss_pass(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name].settings
+    assert case is not None
+
+    assert name not in preflight_ids(case.passes, KNOWN[name], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", seen_in("environment"))
+def test_doctor_catches_it_in_the_environment_and_lets_the_near_miss_pass(name: str) -> None:
+    case = CASES[name].environment
+    assert case is not None
+
+    assert name in environment_ids(case.caught, KNOWN[name])
+    assert name not in environment_ids(case.passes, KNOWN[name])
+
+
+@pytest.mark.parametrize("name", seen_in("log"))
+def test_explain_finds_it_in_a_log_and_lets_the_near_miss_pass(name: str) -> None:
+    case = CASES[name].log
+    assert case is not None
+
+    device = KNOWN[name].devices[0]
+    assert name in log_ids(case.caught, device)
+    assert name not in log_ids(case.passes, device)
+
+
+def test_every_sign_is_found_by_itself() -> None:
+    for failure in KNOWN.values():
+        for sign in failure.log:
+            assert failure.id in log_ids(f"{sign.after}\n{sign.text}", failure.devices[0]), sign
+
+
+def test_a_healthy_mac_has_none_of_them() -> None:
+    mac = preflight.situation_of(settings.load(), "mps")
+
+    assert not list(
+        catalogue.ahead(tuple(KNOWN.values()), "environment", msgspec.structs.asdict(HEALTHY), mac)
+    )
+
+
+def test_a_good_training_has_none_of_them(tmp_path: Path) -> None:
+    report = preflight.check(settings.load(), preflight.Question(World(tmp_path).toml(), device="mps"))
+
+    assert [check for check in report.checks if check.status != "pass"] == []
+
+
+@pytest.mark.parametrize("where", ["settings", "environment"])
+def test_rules_ask_for_facts_that_exist(where: str) -> None:
+    machine = set(doctor.Machine.__struct_fields__)
+    names = set(preflight.FACTS) if where == "settings" else machine
+    for failure in KNOWN.values():
+        for rule in getattr(failure, where):
+            asked = {name for condition in rule.when for name in condition.names()}
+            told = {f for _, f, _, _ in string.Formatter().parse(rule.found) if f}
+            unknown = (
+                {n for n in asked | told if not n.startswith("package_")} - names - {"device", "profile"}
+            )
+            assert not unknown, f"{failure.id}: {rule.about}"
+
+
+def test_fixes_change_settings_that_the_trainers_know() -> None:
+    from kohya_mps.trainer_config.trainer_options import NAMES
+
+    changed = {name for failure in KNOWN.values() for rule in failure.settings for name in rule.change}
+
+    assert changed <= NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("failures: [{id: x}]", "missing required field"),
+        ("failures: [{id: x, seen: s, cause: c, remedy: r, sources: []}]", "no note says why"),
+        (
+            "failures: [{id: x, seen: s, cause: c, remedy: r, sources: [], note: n, devices: [tpu]}]",
+            "accepted: mps, cuda, cpu",
+        ),
+        (
+            "failures: [{id: x, seen: s, cause: c, remedy: r, sources: [], "
+            "settings: [{about: a, found: f, when: []}]}]",
+            "would always hold",
+        ),
+        (
+            "failures: [{id: x, seen: s, cause: c, remedy: r, sources: [], "
+            "settings: [{about: a, found: f, when: [{of: y, matches: '('}]}]}]",
+            "y: ",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "failures.yaml"
+    path.write_text(text)
+
+    with pytest.raises(UsageError, match=said):
+        catalogue.load(path)
+
+
+def test_a_rule_holds_only_with_the_lock_it_names(tmp_path: Path) -> None:
+    rule = KNOWN["ckpt-runs-code"]
+    facts = {"model_form": "pickle", "pretrained_model_name_or_path": "x.ckpt"}
+    old = situation(rule)
+    new = msgspec.structs.replace(old, versions={**old.versions, "torch": "2.6.0"})
+
+    assert list(catalogue.ahead((rule,), "settings", facts, old))
+    assert not list(catalogue.ahead((rule,), "settings", facts, new))
+
+
+def test_the_profile_says_which_mixed_precision_a_device_has() -> None:
+    rule = KNOWN["bf16"]
+    facts = {"mixed_precision": "bf16"}
+    refused = situation(rule)
+    allowing = msgspec.structs.replace(refused.profile, mixed_precision={"mps": ("no", "bf16")})
+    allowed = msgspec.structs.replace(refused, profile=allowing)
+
+    assert list(catalogue.ahead((rule,), "settings", facts, refused))
+    assert not list(catalogue.ahead((rule,), "settings", facts, allowed))
+
+
+def test_an_entry_for_another_profile_is_passed_over() -> None:
+    rule = msgspec.structs.replace(KNOWN["flux"], profiles=("another",))
+
+    assert not list(catalogue.ahead((rule,), "settings", {"family": "flux"}, situation(rule)))
+
+
+def test_the_table_has_a_row_for_every_failure_and_its_sources() -> None:
+    table = catalogue.table(tuple(KNOWN.values()))
+
+    assert len(table.splitlines()) == len(KNOWN) + 2
+    assert all(line.count(" | ") == 3 for line in table.splitlines()[2:])
+    assert "[bmaltais/kohya_ss#3281](https://github.com/bmaltais/kohya_ss/issues/3281)" in table
+
+
+def test_the_readme_has_the_present_table() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert catalogue.with_table(text, tuple(KNOWN.values())) == text

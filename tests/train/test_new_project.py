@@ -1,0 +1,150 @@
+"""``invoke new``: a project that can be trained as it is written, and originals that nobody touched."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kohya_mps.core import settings
+from kohya_mps.core.errors import UsageError
+from kohya_mps.core.report import Report, Status
+from kohya_mps.diagnose import preflight
+from kohya_mps.diagnose.preflight import Question
+from kohya_mps.train import new_project
+from kohya_mps.train.new_project import Wanted
+from tests.support.world import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def photos(world: World) -> Path:
+    """Pictures as people have them: flat, one ending in mixed case, one without a caption."""
+    folder = world.root / "my photos"
+    for name in ("a.png", "b.Jpg", "c.png"):
+        world.picture(folder / name)
+    (folder / "a.txt").write_text("a cat, on a mat\n")
+    (folder / "b.caption").write_text("a cat in a box\n")
+    return folder
+
+
+def make(world: World, photos: Path, preset: str = "sd15-lora", name: str = "cats") -> Report:
+    wanted = Wanted(world.root / name, photos, str(world.model), preset)
+    return new_project.new(settings.load(), wanted)
+
+
+def snapshot(folder: Path) -> list[tuple[str, bytes, int]]:
+    return sorted((p.name, p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir())
+
+
+def test_pictures_and_captions_are_linked_and_the_originals_untouched(world: World, photos: Path) -> None:
+    before = snapshot(photos)
+
+    make(world, photos)
+
+    inside = world.root / "cats" / "images" / "20_cats"
+    assert sorted(p.name for p in inside.iterdir()) == ["a.png", "a.txt", "b.jpg", "b.txt", "c.png"]
+    assert all(p.is_symlink() for p in inside.iterdir())
+    assert (inside / "b.txt").read_text() == "a cat in a box\n"
+    assert snapshot(photos) == before
+
+
+def test_pictures_without_captions_and_of_kinds_that_are_not_read_are_told(
+    world: World, photos: Path
+) -> None:
+    (photos / "d.heic").write_bytes(b"x")
+
+    report = make(world, photos)
+
+    warned = {c.name: c.detail for c in report.checks if c.status is Status.WARN}
+    assert "d.heic" in warned["left out"]
+    assert "1 of 3" in warned["captions"]
+
+
+def test_folders_that_say_their_repeats_stay_as_they_are(world: World) -> None:
+    make(world, world.data)
+
+    assert (world.root / "cats" / "images" / "10_cat" / "a.png").is_symlink()
+
+
+def test_two_pictures_of_one_name_do_not_share_a_file(world: World, photos: Path) -> None:
+    world.picture(photos / "a.webp")
+
+    make(world, photos)
+
+    names = sorted(p.name for p in (world.root / "cats" / "images" / "20_cats").glob("a*"))
+    assert names == ["a.png", "a.txt", "a_webp.txt", "a_webp.webp"]
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda", "cpu"])
+@pytest.mark.parametrize("preset", list(new_project.presets()))
+def test_every_preset_passes_preflight_as_written(
+    world: World, photos: Path, preset: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (photos / "c.txt").write_text("a cat\n")
+    (photos / "b.txt").write_text("a cat\n")
+    world.safetensors(world.model, new_project.presets()[preset].family)
+    make(world, photos, preset)
+
+    file = world.root / "cats" / "train.toml"
+    asked = Question(file, device=device, base=file.parent, memory_gb=64)
+    checks = preflight.check(settings.load(), asked).checks
+
+    assert [c for c in checks if c.status is Status.FAIL] == []
+
+
+def test_names_that_TOML_has_to_escape_come_back_whole(world: World, photos: Path) -> None:  # noqa: N802
+    odd = world.root / 'mo"del \\ ü'
+    world.model.rename(odd.with_suffix(".safetensors"))
+    world.model = odd.with_suffix(".safetensors")
+
+    make(world, photos, name="my cats")
+
+    text = (world.root / "my cats" / "train.toml").read_text()
+    told = tomllib.loads(text)
+    assert told["pretrained_model_name_or_path"] == str(world.model)
+    assert told["output_name"] == "my_cats"
+    assert "$" not in text
+
+
+def test_the_sample_prompts_begin_with_a_caption(world: World, photos: Path) -> None:
+    make(world, photos)
+
+    lines = (world.root / "cats" / "prompts.txt").read_text().splitlines()
+    prompts = [line for line in lines if not line.startswith("#")]
+    assert prompts[0].startswith("a cat, on a mat --w 512 --h 512")
+    assert prompts[1].startswith("cats --w 512")
+
+
+def test_a_place_that_is_taken_is_left_alone(world: World, photos: Path) -> None:
+    (world.root / "cats").mkdir()
+    (world.root / "cats" / "mine").write_text("x")
+
+    with pytest.raises(UsageError, match="is there already"):
+        make(world, photos)
+
+    assert os.listdir(world.root / "cats") == ["mine"]  # noqa: PTH208
+
+
+def test_a_base_model_of_another_family_is_refused_and_nothing_made(world: World, photos: Path) -> None:
+    world.safetensors(world.model, "sdxl")
+
+    with pytest.raises(UsageError, match="is sdxl, the preset is for sd15"):
+        make(world, photos)
+
+    assert not (world.root / "cats").exists()
+
+
+@pytest.mark.parametrize("images", ["nowhere", "empty"])
+def test_no_pictures_is_said(world: World, images: str) -> None:
+    (world.root / "empty").mkdir()
+
+    with pytest.raises(UsageError, match="--images"):
+        make(world, world.root / images)
