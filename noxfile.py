@@ -48,7 +48,7 @@ def venv(session: nox.Session) -> None:
     """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
     from kohya_mps.install import environment
 
-    cli.run(lambda: environment.renew(settings.load()))
+    cli.run_task(lambda: environment.rebuild(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
@@ -56,7 +56,7 @@ def smoke(session: nox.Session) -> None:
     """Build the environment in isolation and run the smoke check in it [-- --json]."""
     from devtools import sandbox
 
-    cli.run(lambda: sandbox.check_environment(settings.load()), json="--json" in session.posargs)
+    cli.run_task(lambda: sandbox.check_environment(settings.load()), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -64,8 +64,8 @@ def train_step(session: nox.Session) -> None:
     """Train a few steps with the real trainer in isolation [-- --help]."""
     from devtools import sandbox
 
-    options, json = sandbox.parse(session.posargs)
-    cli.run(lambda: sandbox.train_in_it(settings.load(), options), json=json)
+    options, json = sandbox.parse_options(session.posargs)
+    cli.run_task(lambda: sandbox.train_in_it(settings.load(), options), json=json)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -73,7 +73,7 @@ def lock(session: nox.Session) -> None:
     """Make the hashed locks from their .in files [-- LOCK ... --upgrade --profile NAME --cutoff DATE]."""
     from devtools.locks import make
 
-    cli.run(lambda: make.make_all(make.choose(session.posargs)), json="--json" in session.posargs)
+    cli.run_task(lambda: make.make_all(make.parse_options(session.posargs)), json="--json" in session.posargs)
 
 
 @nox.session(venv_backend="none", tags=["ci"])
@@ -81,7 +81,7 @@ def lock_check(session: nox.Session) -> None:
     """Check offline that every lock is unedited and agrees with its .in file [-- --json]."""
     from devtools.locks import make
 
-    cli.run(make.check_all, json="--json" in session.posargs)
+    cli.run_task(make.check_all, json="--json" in session.posargs)
 
 
 @nox.session(default=False)
@@ -96,8 +96,8 @@ def upstream(session: nox.Session) -> None:
     """Explain why upstream's own macOS requirements cannot be installed [-- --commit ID --json]."""
     from devtools.locks import upstream
 
-    cli.run(
-        lambda: upstream.run(settings.load(), upstream.choose(session.posargs)),
+    cli.run_task(
+        lambda: upstream.run(settings.load(), upstream.parse_options(session.posargs)),
         json="--json" in session.posargs,
     )
 
@@ -129,8 +129,8 @@ def rehearse(session: nox.Session) -> None:
     """Rehearse a training on a simulated MPS device, on any machine [-- --help]."""
     from devtools.rehearsal import runner
 
-    wanted = runner.parse(session.posargs)
-    cli.run(lambda: runner.rehearse(wanted), json=wanted.json)
+    wanted = runner.parse_options(session.posargs)
+    cli.run_task(lambda: runner.rehearse(wanted), json=wanted.json)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -138,8 +138,8 @@ def rehearse_matrix(session: nox.Session) -> None:
     """Rehearse all networks, optimizers and options, and write docs/mps-support.md [-- --help]."""
     from devtools.rehearsal import matrix
 
-    wanted = matrix.parse(session.posargs)
-    cli.run(lambda: matrix.rehearse(wanted))
+    wanted = matrix.parse_options(session.posargs)
+    cli.run_task(lambda: matrix.rehearse(wanted))
 
 
 @nox.session(default=False)
@@ -155,4 +155,4 @@ def chaos(session: nox.Session) -> None:
     from devtools import chaos
 
     given = chaos.parse(session.posargs)
-    cli.run(lambda: chaos.run(settings.load(), given), json=given.json)
+    cli.run_task(lambda: chaos.run(settings.load(), given), json=given.json)

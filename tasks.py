@@ -45,9 +45,9 @@ def setup(
     from kohya_mps.core import cli, settings
     from kohya_mps.install import setup
 
-    wanted = setup.Wanted(verify, verify and train_step, stash, replace_default, replace_venv)
-    cli.run(
-        lambda: setup.setup(settings.load(), wanted.with_page(gui, no_gui)),
+    wanted = setup.SetupOptions(verify, verify and train_step, stash, replace_default, replace_venv)
+    cli.run_task(
+        lambda: setup.setup(settings.load(), wanted.with_gui(gui, no_gui)),
         json=json,
         dry=c.config.run.dry,
     )
@@ -66,7 +66,7 @@ def clone(c: Context, json: bool = False, repo_url: str = "", commit: str = "", 
     from kohya_mps.core import cli, settings
     from kohya_mps.install import checkout
 
-    cli.run(
+    cli.run_task(
         lambda: checkout.clone(settings.load(url=repo_url, commit=commit), stash=stash),
         json=json,
         dry=c.config.run.dry,
@@ -99,11 +99,11 @@ def configure(
     """Write and check the accelerate configuration of the environment."""
     from kohya_mps.core import cli, settings
     from kohya_mps.install import setup
-    from kohya_mps.install.accelerate_config import Layout
+    from kohya_mps.install.accelerate_config import ProcessLayout
 
-    layout = Layout(processes, machines, machine_rank, main_address, main_port) if processes else None
-    cli.run(
-        lambda: setup.reconfigure(settings.load(mixed_precision=mixed_precision), replace_default, layout),
+    layout = ProcessLayout(processes, machines, machine_rank, main_address, main_port) if processes else None
+    cli.run_task(
+        lambda: setup.configure(settings.load(mixed_precision=mixed_precision), replace_default, layout),
         json=json,
         dry=c.config.run.dry,
     )
@@ -115,7 +115,7 @@ def verify(c: Context, json: bool = False, full: bool = False) -> None:
     from kohya_mps.core import cli, settings
     from kohya_mps.install import setup
 
-    cli.run(lambda: setup.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: setup.verify(settings.load(), full=full), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -134,8 +134,8 @@ def new(
     from kohya_mps.core import cli, settings
     from kohya_mps.train import new_project
 
-    wanted = new_project.Wanted(Path(name), Path(images), model, preset)
-    cli.run(lambda: new_project.new(settings.load(), wanted), json=json, dry=c.config.run.dry)
+    wanted = new_project.NewProjectOptions(Path(name), Path(images), model, preset)
+    cli.run_task(lambda: new_project.create(settings.load(), wanted), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -159,8 +159,8 @@ def train(
     from kohya_mps.core import cli, settings
     from kohya_mps.train import start
 
-    wanted = start.Wanted(resume, detach, preflight)
-    cli.run(lambda: start.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
+    wanted = start.TrainOptions(resume, detach, preflight)
+    cli.run_task(lambda: start.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
 
 
 @task(help={"place": RUN, "whole": "everything that the trainer prints"})
@@ -169,7 +169,7 @@ def logs(c: Context, place: str, whole: bool = False) -> None:
     from kohya_mps.core import cli
     from kohya_mps.train import start
 
-    cli.run(lambda: start.logs(Path(place), whole=whole), dry=c.config.run.dry)
+    cli.run_task(lambda: start.logs(Path(place), whole=whole), dry=c.config.run.dry)
 
 
 @task(help={"json": JSON, "place": RUN})
@@ -178,7 +178,7 @@ def stop(c: Context, place: str, json: bool = False) -> None:
     from kohya_mps.core import cli
     from kohya_mps.train import start
 
-    cli.run(lambda: start.stop(Path(place)), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: start.stop(Path(place)), json=json, dry=c.config.run.dry)
 
 
 @task(help={"json": JSON, "place": RUN})
@@ -187,7 +187,7 @@ def report(c: Context, place: str, json: bool = False) -> None:
     from kohya_mps.core import cli, settings
     from kohya_mps.train import html_report
 
-    cli.run(lambda: html_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: html_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
 
 
 @task(name="test-lora", help={"json": JSON, "place": RUN})
@@ -196,7 +196,7 @@ def test_lora(c: Context, place: str, json: bool = False) -> None:
     from kohya_mps.core import cli, settings
     from kohya_mps.train import compare_lora
 
-    cli.run(lambda: compare_lora.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: compare_lora.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
 
 
 @task(help={"place": RUN, "port": "where it listens"})
@@ -205,7 +205,7 @@ def tensorboard(c: Context, place: str, port: int = 6006) -> None:
     from kohya_mps.core import cli, settings
     from kohya_mps.train import html_report
 
-    cli.run(lambda: html_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
+    cli.run_task(lambda: html_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
 
 
 @task(
@@ -231,8 +231,8 @@ def preflight(
     from kohya_mps.core import cli, settings
     from kohya_mps.diagnose import preflight
 
-    cli.run(
-        lambda: preflight.check(settings.load(), preflight.question(file, device, memory, trainer, fix)),
+    cli.run_task(
+        lambda: preflight.check(settings.load(), preflight.parse_flags(file, device, memory, trainer, fix)),
         json=json,
         dry=c.config.run.dry,
     )
@@ -250,8 +250,10 @@ def doctor(c: Context, json: bool = False, deep: bool = False, online: bool = Fa
     from kohya_mps.core import cli, settings
     from kohya_mps.diagnose import doctor
 
-    cli.run(
-        lambda: doctor.examine(settings.load(), doctor.Asked(deep, online)), json=json, dry=c.config.run.dry
+    cli.run_task(
+        lambda: doctor.examine(settings.load(), doctor.DoctorOptions(deep, online)),
+        json=json,
+        dry=c.config.run.dry,
     )
 
 
@@ -274,7 +276,7 @@ def explain(c: Context, log: str | None = None if _has_words("explain") else "-"
     from kohya_mps.core import cli
     from kohya_mps.known_failures import log_search
 
-    cli.run(lambda: log_search.explain(log or "-"), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: log_search.explain(log or "-"), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -293,8 +295,8 @@ def gui(
     from kohya_mps.core import cli, settings
     from kohya_mps.gui import serve
 
-    wanted = serve.Wanted(port, listen or serve.LOOPBACK, open, profile, config)
-    cli.run(lambda: serve.serve(settings.load(), wanted), dry=c.config.run.dry)
+    wanted = serve.ServeOptions(port, listen or serve.LOOPBACK, open, profile, config)
+    cli.run_task(lambda: serve.serve(settings.load(), wanted), dry=c.config.run.dry)
 
 
 @task(help={"json": JSON})
@@ -303,7 +305,7 @@ def status(c: Context, json: bool = False) -> None:
     from kohya_mps.core import cli, settings
     from kohya_mps.install import status
 
-    cli.run(lambda: status.status(settings.load()), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: status.status(settings.load()), json=json, dry=c.config.run.dry)
 
 
 @task(help={"json": JSON, "list": "show the generations", "to": "the name of one; else the one before"})
@@ -313,7 +315,7 @@ def rollback(c: Context, json: bool = False, list: bool = False, to: str = "") -
     from kohya_mps.install import rollback
 
     step = rollback.choices if list else lambda settings: rollback.rollback(settings, to)
-    cli.run(lambda: step(settings.load()), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: step(settings.load()), json=json, dry=c.config.run.dry)
 
 
 @task(
@@ -329,7 +331,7 @@ def uninstall(c: Context, json: bool = False, yes: bool = False, delete_my_files
     from kohya_mps.install import uninstall
 
     step = uninstall.uninstall
-    cli.run(
+    cli.run_task(
         lambda: step(settings.load(), yes=yes, delete_my_files=delete_my_files),
         json=json,
         dry=c.config.run.dry,

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import msgspec
 
-from devtools.sandbox import PLACE
+from devtools.sandbox import SANDBOX
 from kohya_mps.core import cli
 from kohya_mps.core.errors import StepFailed
-from kohya_mps.core.installation import Home
-from kohya_mps.core.process import RUN_MARK, Finished, end_leftovers, scrubbed, stream, uv
+from kohya_mps.core.installation import Installation
+from kohya_mps.core.process import RUN_MARK, ProcessResult, clean_environ, end_leftovers, stream, uv
 from kohya_mps.core.report import Check, Report, say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import PROBES, ROOT, Settings, load
 from kohya_mps.gui import serve
 from kohya_mps.install import accelerate_launch, environment, lockfile, training_step
@@ -34,7 +34,7 @@ PARTS = ("venv", "payload", "nothing", "train_step", "list", "generation", "trai
 
 
 # On the disk that the environments are on: links from uv's cache do not cross file systems.
-_SCRATCH = PLACE.parent
+_SCRATCH = SANDBOX.parent
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -96,8 +96,8 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
     return report
 
 
-def _run(command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Finished:
-    done = stream(command, cwd=cwd, env=env or scrubbed(), on_output=lambda _: None)
+def _run(command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT) -> ProcessResult:
+    done = stream(command, cwd=cwd, env=env or clean_environ(), on_output=lambda _: None)
     if done.returncode:
         raise StepFailed(f"{' '.join(command[:4])} … ended with {done.returncode}: {done.last_line}")
     return done
@@ -172,7 +172,7 @@ def _payload(settings: Settings, scratch: Path, times: int) -> list[Row]:
 
 
 def _nothing(settings: Settings, scratch: Path, times: int) -> list[Row]:
-    generation = installed(Home(settings.home))
+    generation = installed(Installation(settings.home))
     lock, python = str(settings.profile.lock_file), str(generation.python)
 
     def ours() -> float:
@@ -195,15 +195,15 @@ def _nothing(settings: Settings, scratch: Path, times: int) -> list[Row]:
 
 
 def _train_step(settings: Settings, scratch: Path, times: int) -> list[Row]:
-    apart = msgspec.structs.replace(settings, home=PLACE)
-    generation = installed(Home(PLACE))
-    checkout = Home(settings.home).root
-    model = training_step.prepare_model(generation, Home(PLACE).verification, "sd15", "small")
-    ours: list[Finished] = []
-    bare: list[Finished] = []
+    apart = msgspec.structs.replace(settings, home=SANDBOX)
+    generation = installed(Installation(SANDBOX))
+    checkout = Installation(settings.home).root
+    model = training_step.prepare_model(generation, Installation(SANDBOX).verification, "sd15", "small")
+    ours: list[ProcessResult] = []
+    bare: list[ProcessResult] = []
     for _ in range(min(times, 3) + 1):
         ours.append(_run([_tool("nox"), "-s", "train_step"], env=_own_environment()))
-        options = training_step.Options()
+        options = training_step.TrainingStepOptions()
         command, place = training_step.trainer_command(
             apart, generation, checkout, model, scratch / "out", options
         )
@@ -248,7 +248,7 @@ def _generation(settings: Settings, scratch: Path, times: int) -> list[Row]:
 
 def _training(settings: Settings, scratch: Path, times: int) -> list[Row]:
     """Seconds per step in steady state, from what both sides wrote for TensorBoard."""
-    home = Home(settings.home)
+    home = Installation(settings.home)
     generation = installed(home)
     model = training_step.prepare_model(generation, home.verification, "sd15", "small")
     project = scratch / "training"
@@ -262,7 +262,7 @@ def _training(settings: Settings, scratch: Path, times: int) -> list[Row]:
             generation, PROBES / "inspect_run.py", str(run.tensorboard), lora, "lora_up"
         )
         shutil.rmtree(run.path)
-        found = msgspec.json.decode(printed, type=training_step.Inspection)
+        found = msgspec.json.decode(printed, type=training_step.TrainedLora)
         assert found.seconds_per_step is not None  # it made more than one step
         return found.seconds_per_step * 1000
 
@@ -314,7 +314,7 @@ def _rehearse(settings: Settings, _scratch: Path, times: int) -> list[Row]:
 
     training = runner.Training("lora with AdamW", "", ("lora", "AdamW", "20"))
     rounds: list[tuple[float, float]] = []
-    with held(Home(PLACE)):
+    with exclusive_lock(Installation(SANDBOX)):
         stage = runner.prepare(settings, builtin=True)
         for _ in range(min(times, 3)):
             pair = runner.requests(stage, training, stage.work / "bench", fallback=False)
@@ -326,7 +326,7 @@ def _rehearse(settings: Settings, _scratch: Path, times: int) -> list[Row]:
 
 def _gui(settings: Settings, scratch: Path, times: int) -> list[Row]:
     """Until the page answers; ``settings`` name a home with the page in it."""
-    home = Home(settings.home)
+    home = Installation(settings.home)
     generation = installed(home)
     address = serve.Address(serve.LOOPBACK, _free_port())
     where = ["--listen", address.host, "--server_port", str(address.port), "--headless", "--noverify"]
@@ -387,7 +387,7 @@ def _disk(*trees: Path) -> int:
 
 def main() -> None:
     """``python -m devtools.bench``, in the session's environment, which has pip."""
-    cli.run(lambda: run(load(), sys.argv[1:]))
+    cli.run_task(lambda: run(load(), sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import KohyaError, StepFailed
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Report, say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import ROOT, Settings
 from kohya_mps.install import (
     accelerate_config,
@@ -24,17 +24,17 @@ from kohya_mps.install import (
 from kohya_mps.install.generations import Generation
 
 #: The home of the throw-away installation; ``rm -rf .nox`` removes it.
-PLACE = ROOT / ".nox" / "install"
+SANDBOX = ROOT / ".nox" / "install"
 
 
 def check_environment(settings: Settings) -> Report:
     """Build the environment in isolation, from the same lock, and run the smoke check in it."""
-    apart = msgspec.structs.replace(settings, home=PLACE)
-    with held(Home(PLACE)):
+    apart = msgspec.structs.replace(settings, home=SANDBOX)
+    with exclusive_lock(Installation(SANDBOX)):
         return smoke_check.run(apart, ready(apart))
 
 
-def train_in_it(settings: Settings, options: training_step.Options) -> Report:
+def train_in_it(settings: Settings, options: training_step.TrainingStepOptions) -> Report:
     """Run the training step in the isolated environment, on the installed checkout or one of its own.
 
     Args:
@@ -42,13 +42,13 @@ def train_in_it(settings: Settings, options: training_step.Options) -> Report:
         options: what is trained.
     """
     options.check()
-    apart, home = msgspec.structs.replace(settings, home=PLACE), Home(PLACE)
-    with held(home):
+    apart, home = msgspec.structs.replace(settings, home=SANDBOX), Installation(SANDBOX)
+    with exclusive_lock(home):
         tree = None if options.builtin else kohya_checkout(settings, apart)
         return training_step.run(apart, ready(apart), tree, home.verification, options)
 
 
-def parse(arguments: Sequence[str]) -> tuple[training_step.Options, bool]:
+def parse_options(arguments: Sequence[str]) -> tuple[training_step.TrainingStepOptions, bool]:
     """What was typed behind ``nox -s train_step --``, and whether the report is wanted as JSON."""
     parser = argparse.ArgumentParser(
         prog="nox -s train_step --", description="Train a few steps and judge them."
@@ -59,27 +59,29 @@ def parse(arguments: Sequence[str]) -> tuple[training_step.Options, bool]:
     parser.add_argument("--builtin", action="store_true", help="train without kohya's trainer")
     parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
     given = parser.parse_args(arguments)
-    return training_step.Options(given.network, given.optimizer, given.full, given.builtin), given.json
+    return training_step.TrainingStepOptions(
+        given.network, given.optimizer, given.full, given.builtin
+    ), given.json
 
 
 def ready(settings: Settings) -> Generation:
     """The environment of the throw-away installation, built where it is not there yet."""
     accelerate_config.check_precision(settings)
     generation = environment.build(settings)
-    generations.activate(Home(settings.home), generation)
-    generations.collect(Home(settings.home), settings.generations_kept)
+    generations.activate(Installation(settings.home), generation)
+    generations.prune(Installation(settings.home), settings.generations_kept)
     accelerate_config.write_own(settings, generation)
     return generation
 
 
 def kohya_checkout(settings: Settings, apart: Settings) -> Path:
     """The installed checkout; where there is none, one of our own."""
-    installed = Home(settings.home)
+    installed = Installation(settings.home)
     if (commits := checkout.present(installed)) is not None:
         say(f"  using the checkout in {installed.root} at {commits.kohya_ss[:12]}")
         return installed.root
     try:
-        checkout.bring(apart)
+        checkout.ensure_checkout(apart)
     except KohyaError as error:
         raise StepFailed(
             f"there is no checkout in {installed.root}, and none can be had: {error.what}",

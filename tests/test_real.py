@@ -13,7 +13,7 @@ import pytest
 
 from devtools import sandbox
 from kohya_mps.core import machine, settings
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import setup, training_step
@@ -29,14 +29,14 @@ needs_upstream = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def apart() -> Settings:
-    return msgspec.structs.replace(settings.load(), home=sandbox.PLACE)
+    return msgspec.structs.replace(settings.load(), home=sandbox.SANDBOX)
 
 
 @pytest.fixture(scope="module")
 def generation(apart: Settings) -> Generation:
     report = sandbox.check_environment(apart)
     assert report.ok, report.checks
-    return setup.installed(Home(apart.home))
+    return setup.installed(Installation(apart.home))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
 def test_the_built_in_step_trains_and_says_that_kohyas_trainer_was_not_run(
     apart: Settings, network: str
 ) -> None:
-    report = sandbox.train_in_it(apart, training_step.Options(network=network, builtin=True))
+    report = sandbox.train_in_it(apart, training_step.TrainingStepOptions(network=network, builtin=True))
 
     assert report.ok, report.checks
     assert len(report.extra["losses"]) == training_step.STEPS
@@ -91,7 +91,7 @@ def test_the_built_in_step_trains_and_says_that_kohyas_trainer_was_not_run(
 
 
 def test_a_damaged_model_is_made_again(generation: Generation, apart: Settings) -> None:
-    work = Home(apart.home).verification
+    work = Installation(apart.home).verification
     model = training_step.prepare_model(generation, work, "sd15", "small")
     weights = model / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     good = weights.read_bytes()
@@ -103,11 +103,11 @@ def test_a_damaged_model_is_made_again(generation: Generation, apart: Settings) 
 
 def test_an_untrained_lora_does_not_pass(generation: Generation, apart: Settings) -> None:
     """Weights that are still zero fail the check that looks at them."""
-    model = training_step.prepare_model(generation, Home(apart.home).verification, "sd15", "small")
-    output = Home(apart.home).verification / "untrained"
+    model = training_step.prepare_model(generation, Installation(apart.home).verification, "sd15", "small")
+    output = Installation(apart.home).verification / "untrained"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    options = training_step.Options(builtin=True)
+    options = training_step.TrainingStepOptions(builtin=True)
     still = training_step.builtin_command(generation, model, output, options)
     still[still.index(str(training_step.STEPS))] = "0"
 
@@ -130,7 +130,7 @@ def test_without_a_repository_everything_else_is_done(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     nowhere = msgspec.structs.replace(apart, home=near, url=str(tmp_path / "nothing"))
 
-    report = setup.setup(nowhere, setup.Wanted())
+    report = setup.setup(nowhere, setup.SetupOptions())
 
     verdicts = {check.name: check.status for check in report.checks}
     assert not report.ok
@@ -149,8 +149,8 @@ def test_setup_ends_with_kohyas_trainer_having_trained(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     chosen = msgspec.structs.replace(apart, home=near)
 
-    first = setup.setup(chosen, setup.Wanted())
-    second = setup.setup(chosen, setup.Wanted())
+    first = setup.setup(chosen, setup.SetupOptions())
+    second = setup.setup(chosen, setup.SetupOptions())
 
     assert first.ok, first.checks
     assert first.extra["kohya_trainer_ran"] is True
@@ -165,7 +165,9 @@ def test_setup_ends_with_kohyas_trainer_having_trained(
     ("network", "optimizer"), [("lora", "Lion"), ("locon", "AdamW"), ("lokr", "Prodigy")]
 )
 def test_kohyas_trainer_trains_each_network(apart: Settings, network: str, optimizer: str) -> None:
-    report = sandbox.train_in_it(apart, training_step.Options(network=network, optimizer=optimizer))
+    report = sandbox.train_in_it(
+        apart, training_step.TrainingStepOptions(network=network, optimizer=optimizer)
+    )
 
     assert report.ok, report.checks
     assert report.extra["kohya_trainer_ran"] is True

@@ -15,21 +15,21 @@ from pathlib import Path
 
 import msgspec
 
-from devtools.sandbox import PLACE
-from kohya_mps.core.process import capture, scrubbed, uv
+from devtools.sandbox import SANDBOX
+from kohya_mps.core.process import capture, clean_environ, uv
 from kohya_mps.core.report import Report
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import lockfile
 from kohya_mps.install.checkout import SUBMODULE
 
 from . import damage, disk, kills, network
-from .testbed import SMALL, SMALL_PROFILE, CannotTry, Fell, Place, Row, end_processes, expect
+from .testbed import SMALL, SMALL_PROFILE, CannotTry, NotSurvived, Row, Testbed, end_processes, expect
 
 
 class Fault(msgspec.Struct, frozen=True):
     """What can be asked for with ``--only``; ``small`` ones use the stand-in lock."""
 
-    run: Callable[[Place, argparse.Namespace], Row]
+    run: Callable[[Testbed, argparse.Namespace], Row]
     small: bool = False
 
 
@@ -88,12 +88,12 @@ def run(settings: Settings, given: argparse.Namespace) -> Report:
     return Report("Chaos", tuple(row.check() for row in rows), {"rows": rows}, summary)
 
 
-def _try(name: str, place: Place, given: argparse.Namespace) -> Row:
+def _try(name: str, place: Testbed, given: argparse.Namespace) -> Row:
     try:
         return FAULTS[name].run(place, given)
     except CannotTry as reason:
         return Row(name, 0, 0, "", skipped=str(reason))
-    except Fell as reason:
+    except NotSurvived as reason:
         # Not one try of the fault, but what comes before them all.
         place.remove()
         return Row(name, 1, 0, "", (str(reason),))
@@ -101,17 +101,17 @@ def _try(name: str, place: Place, given: argparse.Namespace) -> Row:
 
 def _beside_uvs_cache() -> Path:
     """On the disk of uv's cache: links do not cross file systems."""
-    PLACE.parent.mkdir(parents=True, exist_ok=True)
+    SANDBOX.parent.mkdir(parents=True, exist_ok=True)
     cache = Path(capture([uv(), "cache", "dir"]).stdout.strip())
-    same = cache.is_dir() and cache.stat().st_dev == PLACE.parent.stat().st_dev
-    return PLACE.parent if same or not cache.is_dir() else cache.parent
+    same = cache.is_dir() and cache.stat().st_dev == SANDBOX.parent.stat().st_dev
+    return SANDBOX.parent if same or not cache.is_dir() else cache.parent
 
 
-def _place(root: Path, settings: Settings, *, small: bool, real: bool) -> Place:
+def _place(root: Path, settings: Settings, *, small: bool, real: bool) -> Testbed:
     root.mkdir()
     if not small:
-        return Place(root, settings, settings.profile_name, real=real)
-    place = Place(root, settings, SMALL_PROFILE, real=real)
+        return Testbed(root, settings, settings.profile_name, real=real)
+    place = Testbed(root, settings, SMALL_PROFILE, real=real)
     pins = {pin.name: pin for pin in lockfile.read(settings.profile.lock_file).pins}
     lines = [
         f"{name}=={pins[name].version} {' '.join(f'--hash={digest}' for digest in pins[name].hashes)}\n"
@@ -147,6 +147,6 @@ def _git(path: Path, *arguments: str) -> str:
         for who in ("AUTHOR", "COMMITTER")
         for what, value in (("NAME", "chaos"), ("EMAIL", "chaos@example.invalid"))
     }
-    done = capture(["git", "-C", path, *arguments], env=scrubbed(extra=somebody))
+    done = capture(["git", "-C", path, *arguments], env=clean_environ(extra=somebody))
     expect(done.returncode == 0, f"git {arguments[0]} failed in {path}: {done.stderr.strip()}")
     return done.stdout.strip()

@@ -14,12 +14,12 @@ from kohya_mps.core.process import capture
 from kohya_mps.core.report import Status
 from kohya_mps.install import generations, inventory
 
-from .testbed import RENEW, SMALL, Place, Row, Tries, expect
+from .testbed import REBUILD, SMALL, Attempts, Row, Testbed, expect
 
 
-def checkout_damaged(place: Place) -> Row:
+def checkout_damaged(place: Testbed) -> Row:
     """Objects of the checkout that cannot be read, with a file that the user changed."""
-    row = Tries("corrupted object in the checkout")
+    row = Attempts("corrupted object in the checkout")
     place.install()
     for tree in (place.home.root, place.home.sd_scripts):
         for what, damage in DAMAGES.items():
@@ -32,7 +32,7 @@ def checkout_damaged(place: Place) -> Row:
     )
 
 
-def _survives_damage(place: Place, tree: Path, damage: Callable[[Path], object]) -> None:
+def _survives_damage(place: Testbed, tree: Path, damage: Callable[[Path], object]) -> None:
     listed = capture(["git", "-C", tree, "ls-files", "*.py"]).stdout.split()
     mine, beside = tree / listed[0], tree / "my-model.safetensors"
     changed = mine.read_bytes() + b"\n# mine\n"
@@ -49,7 +49,7 @@ def _survives_damage(place: Place, tree: Path, damage: Callable[[Path], object])
     stashed = capture(["git", "-C", tree, "stash", "show", "--patch"]).stdout
     expect("+# mine" in stashed, "the stash does not hold the change")
     expect(beside.read_bytes() == b"mine", "the user's own file is gone")
-    place.mended()
+    place.assert_recovers()
     beside.unlink()
     for aside in tree.glob(".git.damaged*"):
         shutil.rmtree(aside)
@@ -101,9 +101,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def file_deleted(place: Place) -> Row:
+def file_deleted(place: Testbed) -> Row:
     """Files that are gone from the active environment."""
-    row = Tries("deleted file in the environment")
+    row = Attempts("deleted file in the environment")
     for name in ("torch/nn/functional.py", "accelerate/accelerator.py", "einops-*.dist-info/METADATA"):
         with row.attempt(name, place):
             place.install()
@@ -111,14 +111,14 @@ def file_deleted(place: Place) -> Row:
             next(inventory.site_packages(active.venv).glob(name)).unlink()
             ran, report = place.told("status")
             expect(ran.code == 1 and not report.ok, "status does not see it")
-            place.mended()
+            place.assert_recovers()
             place.active_is_whole()
     return row.done("status sees it; one set-up ends good")
 
 
-def file_edited(place: Place) -> Row:
+def file_edited(place: Testbed) -> Row:
     """Files of the active environment that were edited in place, and with them uv's cache behind the link."""
-    row = Tries("edited file in the environment")
+    row = Attempts("edited file in the environment")
     variables = {"UV_CACHE_DIR": str(place.root / "own-cache")}
     edits: dict[str, Callable[[Path], object]] = {
         "a line appended": lambda path: path.write_bytes(path.read_bytes() + b"raise SystemExit\n"),
@@ -127,13 +127,13 @@ def file_edited(place: Place) -> Row:
     }
     for what, edit in edits.items():
         with row.attempt(what, place):
-            ran = place.python(RENEW, **variables)
+            ran = place.python(REBUILD, **variables)
             expect(ran.code == 0, f"no environment to try this on: {ran.said}")
             before = place.active()
             edited = inventory.site_packages(before.venv) / "einops" / "__init__.py"
             linked = edited.stat().st_nlink > 1
             edit(edited)
-            ran = place.python(RENEW, **variables)
+            ran = place.python(REBUILD, **variables)
             expect(ran.code == 0, f"the rerun ended with {ran.code}: {ran.said}")
             place.active_is_whole()
             active = place.active()
@@ -141,7 +141,7 @@ def file_edited(place: Place) -> Row:
             expect(not bad, f"the new environment has the edit, out of uv's cache (linked: {linked}): {bad}")
             started = capture([active.python, "-c", "import einops"])
             expect(started.returncode == 0, f"the edited package does not import: {started.stderr.strip()}")
-            place.tidy()
+            place.assert_no_leftovers()
     place.remove()
     shutil.rmtree(place.root / "own-cache", ignore_errors=True)
     return row.done(
@@ -150,9 +150,9 @@ def file_edited(place: Place) -> Row:
     )
 
 
-def lock_wrong(place: Place) -> Row:
+def lock_wrong(place: Testbed) -> Row:
     """A lock with a digest that no wheel has."""
-    row = Tries("wrong hash in the lock")
+    row = Attempts("wrong hash in the lock")
     for package in ("einops", "accelerate"):
         with row.attempt(package, place):
             place.install()
@@ -170,8 +170,8 @@ def lock_wrong(place: Place) -> Row:
             )
             expect(generations.active(place.home) == before, "another environment is active")
             place.active_passes_smoke()
-            place.tidy()
-            place.mended()
+            place.assert_no_leftovers()
+            place.assert_recovers()
     return row.done(
         "exit 1, lock and package named, the environment before it active and through the smoke check; with the "
         "lock restored the set-up ends good"
@@ -188,24 +188,24 @@ def wrong_digest(lock: str, package: str) -> str:
     return lock[: pin.start()] + wrong + lock[pin.end() :]
 
 
-def clock_back(place: Place) -> Row:
+def clock_back(place: Testbed) -> Row:
     """A clock that was a day ahead and was set back: everything that was written lies in the future."""
-    row = Tries("clock set back")
+    row = Attempts("clock set back")
     with row.attempt("a day", place):
         place.install()
         _into_the_future(place.home.state)
         before = generations.active(place.home)
-        place.mended()
+        place.assert_recovers()
         expect(generations.active(place.home) == before, "it was built again")
         place.new_lock()
-        place.mended()
+        place.assert_recovers()
         after = generations.active(place.home)
         expect(after != before, "the new lock was not built")
         for wanted, what in ((before, "rollback"), (after, "rollback of the rollback")):
             ran = place.invoke("rollback")
             expect(ran.code == 0, f"{what} ended with {ran.code}: {ran.said}")
             expect(generations.active(place.home) == wanted, f"{what} went elsewhere")
-            place.good()
+            place.assert_healthy()
     return row.done(
         "nothing is rebuilt; a rebuild becomes active, rollback goes back and forth between the two"
     )

@@ -13,7 +13,7 @@ from kohya_mps.core.installation import STATE
 from kohya_mps.core.process import capture
 from kohya_mps.install import generations
 
-from .testbed import RENEW, SMALL, CannotTry, Place, Ran, Row, Tries, expect
+from .testbed import REBUILD, SMALL, Attempts, CannotTry, Ran, Row, Testbed, expect
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def mounted(at: Path, *options: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_disk(place: Place, megabytes: int) -> Iterator[None]:
+def small_disk(place: Testbed, megabytes: int) -> Iterator[None]:
     """Give the home a disk of its own, of this size."""
     place.remove()
     with mounted(place.home.root, "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs"):
@@ -44,15 +44,15 @@ def small_disk(place: Place, megabytes: int) -> Iterator[None]:
     place.home.root.rmdir()
 
 
-def resize(place: Place, megabytes: int) -> None:
+def resize(place: Testbed, megabytes: int) -> None:
     """Free space on the small disk, without touching what is on it."""
     done = capture(["mount", "-o", f"remount,size={megabytes}m", place.home.root])
     expect(done.returncode == 0, f"the small disk cannot be made larger: {done.stderr.strip()}")
 
 
-def disk_refused(place: Place) -> Row:
+def disk_refused(place: Testbed) -> Row:
     """Too little room, noticed before anything is touched."""
-    row = Tries("disk full, seen before it begins")
+    row = Attempts("disk full, seen before it begins")
     with row.attempt("a disk of 500 MB", place), small_disk(place, 500):
         ran, report = place.told("setup")
         needed = place.profile.disk_gb["darwin" if sys.platform == "darwin" else "linux"]
@@ -63,13 +63,13 @@ def disk_refused(place: Place) -> Row:
     return row.done("refused with exit 1 and the gigabytes that are needed, nothing written")
 
 
-def disk_full_checkout(place: Place) -> Row:
+def disk_full_checkout(place: Testbed) -> Row:
     """The disk fills up while git writes the checkout."""
     place.remove()
     ran = place.invoke("clone")
     expect(ran.code == 0, f"a checkout that was left alone failed: {ran.said}")
     size = sum(p.lstat().st_blocks * 512 for p in place.home.root.rglob("*") if _of_checkout(place, p))
-    row = Tries("disk full, in the checkout")
+    row = Attempts("disk full, in the checkout")
     for share in (0.3, 0.6, 0.9):
         megabytes = max(1, int(size * share / 1e6))
         with row.attempt(f"{megabytes} MB for {size / 1e6:.0f} MB", place), small_disk(place, megabytes):
@@ -81,42 +81,42 @@ def disk_full_checkout(place: Place) -> Row:
     return row.done("invoke clone ends with exit 1 and says so; with room again the same command ends good")
 
 
-def _of_checkout(place: Place, path: Path) -> bool:
+def _of_checkout(place: Testbed, path: Path) -> bool:
     inside = path.relative_to(place.home.root).parts
     return inside[0] not in (STATE, "venv") and not path.is_dir()
 
 
-def disk_full_environment(place: Place) -> Row:
+def disk_full_environment(place: Testbed) -> Row:
     """The disk fills up while an environment is built: a first one, and one that replaces another."""
-    row = Tries("disk full, in the environment")
+    row = Attempts("disk full, in the environment")
     place.remove()
-    ran = place.python(RENEW)
+    ran = place.python(REBUILD)
     expect(ran.code == 0, f"the small environment cannot be built: {ran.said}")
     manifest = place.active().manifest()
     assert manifest
     size = manifest.inventory.bytes / 1e6
     for share in (0.2, 0.5, 0.9):
         with row.attempt(f"fresh, room for {share:.0%}", place), small_disk(place, int(size * share)):
-            _full(place.python(RENEW))
+            _full(place.python(REBUILD))
             expect(not os.path.lexists(place.home.venv), "something half-built is active")
-            place.tidy()
+            place.assert_no_leftovers()
             resize(place, int(size * 3))
-            ran = place.python(RENEW)
+            ran = place.python(REBUILD)
             expect(ran.code == 0, f"with room again it ended with {ran.code}: {ran.said}")
             place.active_is_whole()
         with row.attempt(f"rebuild, room for {share:.0%}", place), small_disk(place, int(size * 3)):
-            ran = place.python(RENEW)
+            ran = place.python(REBUILD)
             expect(ran.code == 0, f"the first build ended with {ran.code}: {ran.said}")
             before = generations.active(place.home)
             used = shutil.disk_usage(place.home.root).used / 1e6
             resize(place, int(used + size * share))
             place.new_lock()
-            _full(place.python(RENEW))
+            _full(place.python(REBUILD))
             expect(generations.active(place.home) == before, "another environment is active")
             place.active_is_whole()
-            place.tidy()
+            place.assert_no_leftovers()
             resize(place, int(size * 4))
-            ran = place.python(RENEW)
+            ran = place.python(REBUILD)
             expect(ran.code == 0, f"with room again it ended with {ran.code}: {ran.said}")
             expect(generations.active(place.home) != before, "the new lock was not built")
             place.active_is_whole()
@@ -135,9 +135,9 @@ def _full(ran: Ran) -> None:
     )
 
 
-def read_only(place: Place) -> Row:
+def read_only(place: Testbed) -> Row:
     """A home that cannot be written."""
-    row = Tries("read-only home")
+    row = Attempts("read-only home")
     place.install()
     with row.attempt("an installed home, nothing to do", place):
         with not_writable(place.home.root):
@@ -145,20 +145,20 @@ def read_only(place: Place) -> Row:
             ran = place.invoke("status")
             expect(ran.code == 0, f"status ended with {ran.code}: {ran.said}")
         place.active_passes_smoke()
-        place.mended()
+        place.assert_recovers()
     with row.attempt("an installed home, a new lock", place):
         place.install()
         place.new_lock()
         with not_writable(place.home.root):
             _refused(place.invoke("setup"))
         place.active_passes_smoke()
-        place.mended()
+        place.assert_recovers()
     with row.attempt("an empty home", place):
         place.remove()
         place.home.root.mkdir()
         with not_writable(place.home.root):
             _refused(place.invoke("setup"))
-        place.mended()
+        place.assert_recovers()
     return row.done(
         "refused in one sentence, nothing changed, status still works; writable again, it ends good"
     )

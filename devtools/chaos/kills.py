@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from .testbed import Place, Ran, Row, Tries, expect
+from .testbed import Attempts, Ran, Row, Testbed, expect
 
 _STEP = re.compile(r"\[\d+/\d+\] ")
 
@@ -52,7 +52,7 @@ class Timeline(msgspec.Struct, frozen=True):
         return sorted(found, key=lambda moment: (moment.step, moment.seconds))
 
 
-def reference(place: Place) -> Timeline:
+def reference(place: Testbed) -> Timeline:
     """Measure a run from its start to its end."""
     began = time.monotonic()
     steps, lines = [], []
@@ -105,11 +105,11 @@ def kill(process: subprocess.Popen[str], moment: Moment) -> bool:
     return alive
 
 
-def kills_fresh(place: Place, count: int) -> Row:
+def kills_fresh(place: Testbed, count: int) -> Row:
     """Kill the first set-up of a home."""
     place.remove()
     line = reference(place)
-    row = Tries("kill, fresh install")
+    row = Attempts("kill, fresh install")
     ended_first = 0
     for moment in line.moments(count):
         with row.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}", place):
@@ -117,7 +117,7 @@ def kills_fresh(place: Place, count: int) -> Row:
             ended_first += not kill(place.start(*place.whole), moment)
             if os.path.lexists(place.home.venv):
                 place.active_is_whole()
-            place.mended()
+            place.assert_recovers()
     return row.done(
         f"{_what_ran(place)} of {line.end:.0f} s, half of the kills evenly over its time, half evenly over its "
         f"steps{_ended(ended_first)}; then no environment or a whole one, one rerun without the training step, "
@@ -125,12 +125,12 @@ def kills_fresh(place: Place, count: int) -> Row:
     )
 
 
-def kills_rebuild(place: Place, count: int) -> Row:
+def kills_rebuild(place: Testbed, count: int) -> Row:
     """Kill the set-up that replaces an environment."""
     place.install()
     place.new_lock()
     line = reference(place)
-    row = Tries("kill, rebuild")
+    row = Attempts("kill, rebuild")
     ended_first = 0
     for moment in line.moments(count):
         with row.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}", place):
@@ -138,14 +138,14 @@ def kills_rebuild(place: Place, count: int) -> Row:
             place.new_lock()
             ended_first += not kill(place.start(*place.whole), moment)
             place.active_passes_smoke()
-            place.mended()
+            place.assert_recovers()
     with row.attempt("a whole set-up after all kills", place):
         place.new_lock()
         ran = place.invoke(*place.whole)
         expect(ran.code == 0, f"ended with {ran.code}: {ran.said}")
         left = list(place.home.verification.glob("models/*.unfinished"))
         expect(not left, f"unfinished models are left: {left}")
-        place.good()
+        place.assert_healthy()
     return row.done(
         f"{_what_ran(place)} of {line.end:.0f} s, spread as above{_ended(ended_first)}; then the smoke check in "
         "the environment before it (every time), one rerun, status, processes and files left behind; at the end "
@@ -153,7 +153,7 @@ def kills_rebuild(place: Place, count: int) -> Row:
     )
 
 
-def _what_ran(place: Place) -> str:
+def _what_ran(place: Testbed) -> str:
     return "invoke setup" if place.real else "invoke setup --no-train-step (no real kohya_ss)"
 
 
@@ -161,9 +161,9 @@ def _ended(count: int) -> str:
     return f" ({count} ended before they were killed)" if count else ""
 
 
-def pairs(place: Place, count: int) -> Row:
+def pairs(place: Testbed, count: int) -> Row:
     """Two runs that are started together on one home."""
-    row = Tries("two runs together")
+    row = Attempts("two runs together")
     both = 0
     for n in range(count):
         with row.attempt(f"pair {n + 1}", place):
@@ -181,7 +181,7 @@ def pairs(place: Place, count: int) -> Row:
             if 3 in codes:
                 busy = codes.index(3)
                 expect(f"process {two[1 - busy].pid}" in said[busy], f"the other is not named: {said[busy]}")
-            place.good()
+            place.assert_healthy()
     return row.done(
         f"exit codes 0 and 3, the other's process id named ({both} times 0 and 0, one after the other); then status"
     )

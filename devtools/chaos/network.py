@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kohya_mps.core.process import capture, scrubbed
+from kohya_mps.core.process import capture, clean_environ
 from kohya_mps.core.report import Status
 
-from .testbed import STALL_SECONDS, CannotTry, Place, Row, Tries, expect
+from .testbed import STALL_SECONDS, Attempts, CannotTry, Row, Testbed, expect
 
 #: A package index may be silent for this long in the tries that need one, in seconds, twice.
 INDEX_SECONDS = 2
@@ -107,7 +107,7 @@ def git_server(repository: Path) -> Iterator[int]:
     with subprocess.Popen(
         [*command, f"--base-path={repository.parent}", str(repository.parent)],
         stderr=subprocess.DEVNULL,
-        env=scrubbed(
+        env=clean_environ(
             extra={"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
         ),
         start_new_session=True,
@@ -126,9 +126,9 @@ def git_server(repository: Path) -> Iterator[int]:
                 os.killpg(server.pid, signal.SIGTERM)
 
 
-def network_git(place: Place) -> Row:
+def network_git(place: Testbed) -> Row:
     """A git server that stops answering: at once, and at several points of a download."""
-    row = Tries("network stalls, git")
+    row = Attempts("network stalls, git")
     with row.attempt("says nothing at all", place), serving(silence) as port:
         _stalled_checkout(place, f"http://127.0.0.1:{port}/x.git")
     place.install()
@@ -156,7 +156,7 @@ def network_git(place: Place) -> Row:
     )
 
 
-def _stalled_checkout(place: Place, url: str) -> None:
+def _stalled_checkout(place: Testbed, url: str) -> None:
     place.remove()
     ran, report = place.told("setup", "--no-train-step", KOHYA_REPO_URL=url)
     row = next((check for check in report.checks if check.name == "checkout"), None)
@@ -166,7 +166,7 @@ def _stalled_checkout(place: Place, url: str) -> None:
     expect(took < GIVEN_UP_SECONDS, f"the checkout took {took:.0f} s to fail")
     for name in ("environment", "configuration", "smoke check"):
         expect(report.status(name) is Status.PASS, f"{name} was not done: {report.status(name)}")
-    place.mended()
+    place.assert_recovers()
 
 
 def only_index(port: int) -> dict[str, str]:
@@ -183,9 +183,9 @@ def only_index(port: int) -> dict[str, str]:
     }
 
 
-def network_index(place: Place) -> Row:
+def network_index(place: Testbed) -> Row:
     """A package index that stops answering, with nothing in uv's cache."""
-    row = Tries("network stalls, package index")
+    row = Attempts("network stalls, package index")
     for what, answer in (("says nothing at all", silence), ("stops in the middle of a page", half_a_page)):
         with row.attempt(what, place), serving(answer) as port:
             place.remove()
@@ -198,8 +198,8 @@ def network_index(place: Place) -> Row:
             took = report.seconds.get("environment", 0.0)
             expect(took < INDEX_SECONDS * 20, f"the environment took {took:.0f} s to fail")
             expect(not os.path.lexists(place.home.venv), "something half-built is active")
-            place.tidy()
-            place.mended()
+            place.assert_no_leftovers()
+            place.assert_recovers()
             shutil.rmtree(empty, ignore_errors=True)
     return row.done(
         "an empty cache: exit 1 in time, the checkout done, nothing half-built; the rerun with the network ends good"

@@ -16,8 +16,8 @@ import msgspec
 import psutil
 import yaml
 
-from kohya_mps.core.installation import Home
-from kohya_mps.core.process import others
+from kohya_mps.core.installation import Installation
+from kohya_mps.core.process import find_processes
 from kohya_mps.core.report import Check, Status, say
 from kohya_mps.core.settings import ROOT, Settings
 from kohya_mps.install import generations, inventory
@@ -30,17 +30,17 @@ STALL_SECONDS = 3.0
 SMALL = ("transformers", "sympy", "einops")
 SMALL_PROFILE = "small"
 
-RENEW = """
+REBUILD = """
 from kohya_mps.core import cli, settings
 from kohya_mps.install import environment
-cli.run(lambda: environment.renew(settings.load()))
+cli.run_task(lambda: environment.rebuild(settings.load()))
 """
 
 SMOKE = """
 from kohya_mps.core import cli, installation, settings
 from kohya_mps.install import generations, smoke_check
 chosen = settings.load()
-cli.run(lambda: smoke_check.run(chosen, generations.active(installation.Home(chosen.home))))
+cli.run_task(lambda: smoke_check.run(chosen, generations.active(installation.Installation(chosen.home))))
 """
 
 
@@ -90,7 +90,7 @@ class _Told(msgspec.Struct, frozen=True):
         return next((check.status for check in self.checks if check.name == name), None)
 
 
-class Fell(Exception):
+class NotSurvived(Exception):
     """A try was not survived, and how."""
 
 
@@ -101,10 +101,10 @@ class CannotTry(Exception):
 def expect(good: object, what: str) -> None:
     """Raise :class:`Fell` unless ``good``."""
     if not good:
-        raise Fell(what)
+        raise NotSurvived(what)
 
 
-class Place:
+class Testbed:
     """A copy of the project with one installation, in a scratch directory that is removed afterwards.
 
     ``real`` says whether the checkout is kohya_ss, or a stand-in without a trainer.
@@ -112,7 +112,7 @@ class Place:
 
     def __init__(self, root: Path, settings: Settings, profile: str, *, real: bool) -> None:
         self.root, self.project = root, root / "project"
-        self.home = Home(root / "home")
+        self.home = Installation(root / "home")
         self.real = real
         self.temporary = root / "tmp"
         self.temporary.mkdir()
@@ -201,22 +201,22 @@ class Place:
         try:
             return ran, msgspec.json.decode(ran.out, type=_Told)
         except msgspec.DecodeError as error:
-            raise Fell(f"{' '.join(arguments)} printed no report ({error}): {ran.said}") from error
+            raise NotSurvived(f"{' '.join(arguments)} printed no report ({error}): {ran.said}") from error
 
-    def mended(self) -> None:
+    def assert_recovers(self) -> None:
         """One rerun ends good, and leaves nothing behind."""
         ran, report = self.told("setup", "--no-train-step")
         expect(ran.code == 0 and report.ok, f"the rerun ended with {ran.code}: {ran.said}")
-        self.good()
+        self.assert_healthy()
 
-    def good(self) -> None:
+    def assert_healthy(self) -> None:
         """Status finds nothing wrong, and nothing that was begun is left lying about."""
         ran, report = self.told("status")
         wrong = [f"{c.name}: {c.detail}" for c in report.checks if c.status is Status.FAIL]
         expect(ran.code == 0 and not wrong, f"status ended with {ran.code}: {wrong or ran.said}")
-        self.tidy()
+        self.assert_no_leftovers()
 
-    def tidy(self) -> None:
+    def assert_no_leftovers(self) -> None:
         """No half-built generation, no temporary file, no process of an ended run."""
         half = [g.name for g in generations.present(self.home) if g.manifest() is None]
         expect(not half, f"half-built generations are left: {half}")
@@ -248,7 +248,7 @@ class Place:
         """The generation that the link to the environment leads to."""
         found = generations.active(self.home)
         if found is None:
-            raise Fell(f"{self.home.venv} leads to no complete generation")
+            raise NotSurvived(f"{self.home.venv} leads to no complete generation")
         return found
 
     def active_passes_smoke(self) -> None:
@@ -289,12 +289,12 @@ def _finish(process: subprocess.Popen[str]) -> Ran:
     return Ran(process.returncode, out, err, time.monotonic() - began)
 
 
-def processes_of(home: Home) -> list[psutil.Process]:
+def processes_of(home: Installation) -> list[psutil.Process]:
     """The processes that work on a home: all of ours carry its variable."""
-    return others(lambda process: process.environ().get("KOHYA_HOME") == str(home.root))
+    return find_processes(lambda process: process.environ().get("KOHYA_HOME") == str(home.root))
 
 
-def end_processes(home: Home) -> None:
+def end_processes(home: Installation) -> None:
     """Kill what works on a home that is about to be removed."""
     left = processes_of(home)
     for process in left:
@@ -303,14 +303,14 @@ def end_processes(home: Home) -> None:
     psutil.wait_procs(left, timeout=10)
 
 
-class Tries:
+class Attempts:
     """Counts the tries of one fault, and what was not survived."""
 
     def __init__(self, fault: str) -> None:
         self.fault, self.tries, self.fell = fault, 0, list[str]()
 
     @contextlib.contextmanager
-    def attempt(self, what: str, place: Place) -> Iterator[None]:
+    def attempt(self, what: str, place: Testbed) -> Iterator[None]:
         """One try; when it is not survived, the next one begins with a new installation."""
         self.tries += 1
         say(f"{self.fault}, try {self.tries}: {what}")
@@ -320,7 +320,7 @@ class Tries:
             raise
         except Exception as error:
             # Whatever it was: an hour of other tries must not be lost with this one.
-            reason = str(error) if isinstance(error, Fell) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, NotSurvived) else f"{type(error).__name__}: {error}"
             say(f"  DID NOT SURVIVE: {reason}")
             self.fell.append(f"{what}: {reason}")
             place.remove()

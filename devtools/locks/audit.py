@@ -75,7 +75,7 @@ class Unreachable(Exception):
 Service = Callable[[Mapping[str, str]], tuple[Audited, ...]]
 
 
-def choose(posargs: Iterable[str]) -> Options:
+def parse_options(posargs: Iterable[str]) -> Options:
     """Read the arguments of ``nox -s audit``; without a name, every lock is meant."""
     parser = argparse.ArgumentParser(prog="nox -s audit --", description="Look up known vulnerabilities.")
     parser.add_argument("names", nargs="*", metavar="LOCK", help=f"one of {', '.join(make.names())}")
@@ -196,4 +196,4 @@ def _unused(entry: Accepted) -> Check:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: run(choose(sys.argv[1:])), json="--json" in sys.argv)
+    cli.run_task(lambda: run(parse_options(sys.argv[1:])), json="--json" in sys.argv)

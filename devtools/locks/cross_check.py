@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from kohya_mps.core import cli, settings
 from kohya_mps.core.errors import StepFailed
-from kohya_mps.core.process import capture, scrubbed, uv
+from kohya_mps.core.process import capture, clean_environ, uv
 from kohya_mps.core.report import Check, Report, say
 from kohya_mps.install import lockfile, package_index
 
@@ -72,7 +72,7 @@ class Proof(msgspec.Struct, frozen=True):
     found: Found
 
 
-def choose(posargs: Iterable[str]) -> Options:
+def parse_options(posargs: Iterable[str]) -> Options:
     """Read the arguments of ``nox -s cross_check``; without a name, every lock is meant."""
     parser = argparse.ArgumentParser(
         prog="nox -s cross_check --", description="Prove that a Mac could load the locks."
@@ -138,7 +138,7 @@ def install(lock: lockfile.Lock, tree: Path, macos: str) -> str:
     """
     command = [uv(), "pip", "install", "--quiet", "--python-platform", "aarch64-apple-darwin"]
     command += ["--python-version", make.PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps"]
-    environ = scrubbed(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": macos})
+    environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": macos})
     done = capture([*command, "--target", tree, "-r", lock.path], cwd=settings.ROOT, env=environ)
     return "" if done.returncode == 0 else done.stderr.strip() or f"uv ended with {done.returncode}"
 
@@ -271,7 +271,7 @@ def _links(
         loaded = {name for needed in _all_needs(owner, needs) - {owner} for name in exported.get(needed, ())}
         for link in image.links:
             place = macho.locate(image, link, tree)
-            if place is not macho.Place.NOWHERE:
+            if place is not macho.FoundIn.NOWHERE:
                 counts[place.value] += 1
             elif link.name in loaded:
                 counts["loaded before by a package that is required"] += 1
@@ -381,4 +381,4 @@ def _several(lines: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     import sys
 
-    cli.run(lambda: run(choose(sys.argv[1:])), json="--json" in sys.argv)
+    cli.run_task(lambda: run(parse_options(sys.argv[1:])), json="--json" in sys.argv)

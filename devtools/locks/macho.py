@@ -113,7 +113,7 @@ def _macos(binary: lief.MachO.Binary) -> Version:
     return ()
 
 
-class Place(Enum):
+class FoundIn(Enum):
     """Where dyld finds a library that another one links to."""
 
     MACOS = "part of macOS"
@@ -121,17 +121,17 @@ class Place(Enum):
     NOWHERE = "not found by its path"
 
 
-def locate(image: Image, link: Link, tree: Path) -> Place:
+def locate(image: Image, link: Link, tree: Path) -> FoundIn:
     """Where dyld would find a link of an image, going by paths alone.
 
     macOS keeps its own libraries in a cache without files, so what lies in the two places
     that are Apple's alone (``/usr/lib``, ``/System/Library``) is taken to be there.
     """
     if link.name.startswith(("/usr/lib/", "/System/Library/")):
-        return Place.MACOS
+        return FoundIn.MACOS
     inside = tree.resolve()
     found = any(path.is_file() and path.resolve().is_relative_to(inside) for path in search(image, link))
-    return Place.TREE if found else Place.NOWHERE
+    return FoundIn.TREE if found else FoundIn.NOWHERE
 
 
 def search(image: Image, link: Link) -> list[Path]:

@@ -23,8 +23,8 @@ from packaging.utils import canonicalize_name
 
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
-from kohya_mps.core.process import capture, scrubbed
+from kohya_mps.core.installation import Installation
+from kohya_mps.core.process import capture, clean_environ
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import lockfile, package_index
@@ -54,7 +54,7 @@ class Kind(StrEnum):
     SOURCE_ONLY = "source only"
     NOT_REPRODUCIBLE = "not reproducible"
     CUDA_ONLY = "CUDA only"
-    APART = "fails when imported"
+    IMPORT_CONFLICT = "fails when imported"
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -123,7 +123,7 @@ class Options(msgspec.Struct, frozen=True):
     json: bool
 
 
-def choose(posargs: Iterable[str]) -> Options:
+def parse_options(posargs: Iterable[str]) -> Options:
     """Read the arguments of ``nox -s upstream``."""
     parser = argparse.ArgumentParser(
         prog="nox -s upstream --", description=f"Explain why upstream's {FILE} cannot be installed."
@@ -214,7 +214,7 @@ def _summary(last: Explanation) -> tuple[str, ...]:
 
 def _pinned(chosen: Settings, commit: str) -> Reader:
     """The commit in the user's checkout; where that has not got it, upstream's."""
-    root = Home(chosen.home).root
+    root = Installation(chosen.home).root
     inside = capture(["git", "-C", root, "cat-file", "-e", f"{commit}:{FILE}"]) if root.is_dir() else None
     return _git(root, commit) if inside and inside.returncode == 0 else _remote(chosen.url, commit)
 
@@ -289,7 +289,7 @@ def _ask(lines: list[Line]) -> tuple[list[Obstacle], dict[str, str]]:
     }
     pre = any("--pre" in line.text.split() for line in lines)
     with tempfile.TemporaryDirectory(prefix="kohya-mps-upstream-") as scratch:
-        environ = scrubbed(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": make.ANY_MACOS})
+        environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": make.ANY_MACOS})
         arguments = [FILE, "--python-platform", "aarch64-apple-darwin"]
         arguments += ["--prerelease", "allow"] if pre else []
         while True:
@@ -348,7 +348,7 @@ def _judge(
             and SpecifierSet(pair.versions).contains(here, prereleases=True)
             and SpecifierSet(pair.with_versions).contains(there, prereleases=True)
         ):
-            problems.append(Problem(Kind.APART, f"with {pair.with_} {there}: {pair.why}"))
+            problems.append(Problem(Kind.IMPORT_CONFLICT, f"with {pair.with_} {there}: {pair.why}"))
     return msgspec.structs.replace(line, problems=tuple(problems), ours=_instead(line, ours, known))
 
 

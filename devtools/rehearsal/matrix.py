@@ -20,10 +20,10 @@ import psutil
 
 from devtools import sandbox
 from kohya_mps.core import settings
-from kohya_mps.core.files import write
-from kohya_mps.core.installation import Home
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Check, Report, Status, say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import PROBES, Settings, profile_names
 from kohya_mps.install import lockfile
 
@@ -39,7 +39,7 @@ _PLAIN = ("lora", "AdamW")
 _TELLING = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora")
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class MatrixOptions(msgspec.Struct, frozen=True):
     """What ``nox -s rehearse_matrix`` was asked for; ``only`` is a part of a training's name."""
 
     profiles: tuple[str, ...]
@@ -49,7 +49,7 @@ class Wanted(msgspec.Struct, frozen=True):
     thorough: bool = False
 
 
-def parse(arguments: Sequence[str]) -> Wanted:
+def parse_options(arguments: Sequence[str]) -> MatrixOptions:
     """The options of ``nox -s rehearse_matrix``."""
     families = tuple(runner.trainings().trainers)
     parser = argparse.ArgumentParser(
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> Wanted:
         "--thorough", action="store_true", help="every network with every optimizer, not each once"
     )
     given = parser.parse_args(arguments)
-    return Wanted(
+    return MatrixOptions(
         tuple(given.profile or profile_names()),
         tuple(given.family or families),
         given.jobs or runner.most_jobs(),
@@ -97,28 +97,28 @@ def options(known: Trainings, family: str) -> list[Training]:
     return [Training(name, family, (*plain, *arguments)) for name, arguments in known.options.items()]
 
 
-def rehearse(wanted: Wanted) -> Report:
+def rehearse(wanted: MatrixOptions) -> Report:
     """Rehearse what is not rehearsed yet; write the outcomes and the table when that was everything."""
     checks = []
     done: list[Outcomes] = []
     for profile in wanted.profiles:
         chosen = settings.load(profile=profile)
-        with held(Home(sandbox.PLACE)):
+        with exclusive_lock(Installation(sandbox.SANDBOX)):
             stage = runner.prepare(chosen, builtin=False)
             for family in wanted.families:
                 done.append(rehearse_family(stage, chosen, family, wanted))
                 checks.append(_check(done[-1]))
     if not wanted.only:
         outcomes = _merged(done)
-        write(OUTCOMES, msgspec.json.format(msgspec.json.encode(outcomes), indent=1) + b"\n")
-        write(table.PATH, table.render(outcomes).encode())
+        write_atomic(OUTCOMES, msgspec.json.format(msgspec.json.encode(outcomes), indent=1) + b"\n")
+        write_atomic(table.PATH, table.render(outcomes).encode())
         say(f"  wrote {table.PATH}")
     return Report(
         "Rehearsals (predicted)", tuple(checks), {"outcomes": done, "limits": verdict.LIMITS}, verdict.LIMITS
     )
 
 
-def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: Wanted) -> Outcomes:
+def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: MatrixOptions) -> Outcomes:
     """Run what has no record yet, and boil all records down."""
     code = _code_digest()
     known = runner.trainings()

@@ -16,11 +16,11 @@ import psutil
 from devtools import sandbox
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import on_mac
 from kohya_mps.core.process import stream
 from kohya_mps.core.report import Report, say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import CONFIG, PROBES, ROOT, Settings, read_yaml
 from kohya_mps.install import accelerate_launch, lockfile, training_step
 from kohya_mps.install.generations import Generation
@@ -44,7 +44,7 @@ class Trainings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, tuple[str, ...]]
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class RehearsalOptions(msgspec.Struct, frozen=True):
     """What ``nox -s rehearse`` was asked for; ``arguments`` go to the trainer as they are."""
 
     profile: str | None
@@ -82,7 +82,7 @@ def trainings() -> Trainings:
     return read_yaml(TABLE, Trainings)
 
 
-def parse(arguments: Sequence[str]) -> Wanted:
+def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
     """The options of ``nox -s rehearse``; what follows a second ``--`` is the trainer's."""
     table = trainings()
     own = list(arguments)
@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str]) -> Wanted:
     given = parser.parse_args(own)
     if given.builtin and theirs:
         parser.error("--builtin takes none of the trainer's options")
-    return Wanted(
+    return RehearsalOptions(
         given.profile,
         given.family,
         given.network,
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str]) -> Wanted:
     )
 
 
-def rehearse(wanted: Wanted) -> Report:
+def rehearse(wanted: RehearsalOptions) -> Report:
     """Train once on the simulated device and once on the CPU, and compare.
 
     Raises:
@@ -136,7 +136,7 @@ def rehearse(wanted: Wanted) -> Report:
         algorithm = training_step.NETWORKS[wanted.network].algorithm
         training = Training(training.name, "", (algorithm, wanted.optimizer, str(training_step.STEPS)))
     chosen = settings.load(profile=wanted.profile)
-    with held(Home(sandbox.PLACE)):
+    with exclusive_lock(Installation(sandbox.SANDBOX)):
         stage = prepare(chosen, builtin=wanted.builtin)
         pair = requests(stage, training, stage.work / "one", wanted.fallback)
         say(
@@ -175,7 +175,7 @@ def prepare(chosen: Settings, *, builtin: bool) -> Stage:
         operators.load(lock.versions(lockfile.LINUX_X86_64)["torch"])
     except LookupError as error:
         raise UsageError(str(error), f"`nox -s rehearse_data -- {chosen.profile_name}`") from error
-    apart = msgspec.structs.replace(chosen, home=sandbox.PLACE)
+    apart = msgspec.structs.replace(chosen, home=sandbox.SANDBOX)
     tree = None if builtin else sandbox.kohya_checkout(chosen, apart)
     generation = sandbox.ready(apart)
     work = ROOT / ".nox" / "rehearsal" / generation.name
@@ -201,7 +201,9 @@ def requests(stage: Stage, training: Training, place: Path, fallback: bool) -> t
             prompts.write_text(
                 "a red circle --w 64 --h 64 --s 2 --d 1\na blue square --w 64 --h 64 --s 2 --d 2\n"
             )
-            own = training_step.trainer_arguments(stage.precision, model, output, training_step.Options())
+            own = training_step.trainer_arguments(
+                stage.precision, model, output, training_step.TrainingStepOptions()
+            )
             own += [
                 "--train_data_dir",
                 str(_copied(pictures, output / "pictures")),

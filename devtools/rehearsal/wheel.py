@@ -20,8 +20,8 @@ import msgspec
 
 from kohya_mps.core import cli
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import write
-from kohya_mps.core.process import capture, scrubbed, stream, uv
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.process import capture, clean_environ, stream, uv
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import Profile, load_profile, profile_names
 from kohya_mps.install import lockfile, package_index
@@ -53,7 +53,7 @@ def make(names: list[str]) -> Report:
         if path.exists() and _same(operators.load(found.torch), found):
             checks.append(Check(path.name, Status.PASS, "is what the wheel says"))
             continue
-        write(path, operators.dump(found).encode())
+        write_atomic(path, operators.dump(found).encode())
         checks.append(Check(path.name, Status.PASS, f"written: {len(found.kernels)} overloads with a kernel"))
     return Report("Operator data", tuple(checks), {"files": [check.name for check in checks]})
 
@@ -74,7 +74,7 @@ def unpack(profile: Profile, target: Path) -> None:
     wanted.write_text(f"{pin.name}=={pin.version} {hashes}\n", encoding="utf-8")
     command = [uv(), "pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--python-platform", "aarch64-apple-darwin", "--python-version", profile.python]
-    environ = scrubbed(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": _MACOS})
+    environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": _MACOS})
     finished = stream([*command, "--target", target, "-r", wanted], env=environ)
     if finished.returncode:
         raise StepFailed(f"torch {pin.version}'s macOS wheel cannot be had: uv's reason is above")
@@ -155,4 +155,4 @@ def _same(one: Operators, other: Operators) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: make(sys.argv[1:]))
+    cli.run_task(lambda: make(sys.argv[1:]))

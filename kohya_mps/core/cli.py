@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 
-def run(step: Callable[[], Report | int], *, json: bool = False, dry: bool = False) -> None:
+def run_task(step: Callable[[], Report | int], *, json: bool = False, dry: bool = False) -> None:
     """Run ``step`` and print its report, or end with the exit code that it returns.
 
     Args:
@@ -28,7 +28,7 @@ def run(step: Callable[[], Report | int], *, json: bool = False, dry: bool = Fal
         SystemExit: with the documented exit code, when the report is not good, when the
             step raised an error that a person can mend, or when it was interrupted.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     # What is made here is nobody else's to change, whatever the user's umask allows.
     os.umask(os.umask(0o022) | 0o022)
     try:
@@ -39,13 +39,13 @@ def run(step: Callable[[], Report | int], *, json: bool = False, dry: bool = Fal
         print("\nInterrupted. Nothing is broken: the same command goes on from here.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except KohyaError as error:
-        _tell(error, json)
+        _print_error(error, json)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        mendable = _mendable(error)
+        mendable = _user_error(error)
         if mendable is None:
             raise
-        _tell(mendable, json)
+        _print_error(mendable, json)
         raise SystemExit(mendable.exit_code) from None
     if isinstance(result, int):
         raise SystemExit(result)
@@ -67,11 +67,11 @@ def _print(report: Report, json: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _terminated(_signum: int, _frame: FrameType | None) -> None:
+def _on_sigterm(_signum: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _mendable(error: OSError) -> KohyaError | None:
+def _user_error(error: OSError) -> KohyaError | None:
     """The disk and its permissions are the user's to mend; any other OSError is a bug."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -84,7 +84,7 @@ def _mendable(error: OSError) -> KohyaError | None:
     return None
 
 
-def _tell(error: KohyaError, json: bool) -> None:
+def _print_error(error: KohyaError, json: bool) -> None:
     print(f"error: {error}", file=sys.stderr)
     if json:
         from .report import Check, Report, Status, to_json

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file in one step: readers see the old or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Always the same name: what a killed run left is replaced and does not pile up.
@@ -24,7 +24,7 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
-def link(path: Path, target: Path) -> None:
+def link_atomic(path: Path, target: Path) -> None:
     """Point the symbolic link ``path`` at ``target`` in one step, relative to its directory."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)

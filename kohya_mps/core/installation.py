@@ -15,7 +15,7 @@ from .errors import UsageError
 STATE = ".kohya-mps"
 
 
-class Home(msgspec.Struct, frozen=True):
+class Installation(msgspec.Struct, frozen=True):
     """The places of an installation, all below ``root`` (``KOHYA_HOME``)."""
 
     root: Path
@@ -41,12 +41,12 @@ class Home(msgspec.Struct, frozen=True):
         return self.state / "verification"
 
     @property
-    def spread_config(self) -> Path:
+    def distributed_config(self) -> Path:
         """The accelerate configuration of trainings with more than one process; absent with one."""
         return self.state / "several.yaml"
 
     @property
-    def moving(self) -> Path:
+    def checkout_move(self) -> Path:
         """The record of a checkout on its way: while it is there, a run was killed in between."""
         return self.state / "moving-kohya_ss.json"
 
@@ -56,7 +56,7 @@ class Home(msgspec.Struct, frozen=True):
         return self.root / "sd-scripts"
 
 
-def check_place(home: Home) -> None:
+def check_location(home: Installation) -> None:
     """Refuse a place that an installation cannot, or must not, be put in.
 
     Raises:
@@ -69,7 +69,7 @@ def check_place(home: Home) -> None:
         raise UsageError(f"{root} is not a directory", choose)
     if root.is_dir():
         strangers = sorted({entry.name for entry in root.iterdir()} - {STATE, "venv", ".DS_Store"})
-        if strangers and not (root / ".git").exists() and not home.moving.exists():
+        if strangers and not (root / ".git").exists() and not home.checkout_move.exists():
             listed = ", ".join(strangers[:5]) + (", …" if len(strangers) > 5 else "")
             raise UsageError(f"{root} is not empty and is no kohya_ss checkout: it holds {listed}", choose)
     existing = root

@@ -13,12 +13,12 @@ def on_mac() -> bool:
     return sys.platform == "darwin"
 
 
-def macos() -> str:
+def macos_version() -> str:
     """The version of macOS that we run on; ``0`` elsewhere."""
     return platform.mac_ver()[0] or "0"
 
 
-def machine_wanted() -> str:
+def expected_architecture() -> str:
     """The architecture that the locks are made for, as ``platform.machine()`` says it."""
     return "arm64" if on_mac() else "x86_64"
 

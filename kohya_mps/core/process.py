@@ -46,7 +46,7 @@ _DROPPED = {
 }  # fmt: skip
 
 
-class Finished(msgspec.Struct, frozen=True):
+class ProcessResult(msgspec.Struct, frozen=True):
     """How a process ended.
 
     ``tail`` is the end of what it printed, ``seconds`` its wall time and ``peak_bytes`` the
@@ -68,7 +68,7 @@ class Finished(msgspec.Struct, frozen=True):
         return lines[-1] if lines else "(it printed nothing)"
 
 
-def scrubbed(
+def clean_environ(
     environ: Mapping[str, str] | None = None,
     *,
     path_first: Path | None = None,
@@ -109,7 +109,7 @@ def capture(
         return subprocess.run(
             [os.fspath(part) for part in argv],
             cwd=cwd,
-            env=scrubbed() if env is None else dict(env),
+            env=clean_environ() if env is None else dict(env),
             capture_output=True,
             text=True,
             errors="replace",
@@ -129,7 +129,7 @@ def stream(
     stall_seconds: float | None = None,
     on_output: Callable[[bytes], None] | None = None,
     keep_bytes: int = 64 * 1024,
-) -> Finished:
+) -> ProcessResult:
     """Run a command and pass on what it prints, as it prints it, to standard error.
 
     Args:
@@ -139,14 +139,14 @@ def stream(
         log: a file that receives everything it prints.
         stall_seconds: end it when it has printed nothing for this long.
         on_output: receives each piece instead of standard error.
-        keep_bytes: how much of the end is kept in :attr:`Finished.tail`.
+        keep_bytes: how much of the end is kept in :attr:`ProcessResult.tail`.
 
     The child is gone when this returns or raises. So is all it started, when it is ended from
     here; what it left running when it ended by itself is not waited for.
     """
     started = time.monotonic()
     command = [os.fspath(part) for part in argv]
-    show = on_output or _Passer()
+    show = on_output or _OutputForwarder()
     tail: deque[bytes] = deque()
     kept = 0
     last_output = started
@@ -159,7 +159,7 @@ def stream(
             child = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env=scrubbed() if env is None else dict(env),
+                env=clean_environ() if env is None else dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=theirs,
                 stderr=theirs,
@@ -199,9 +199,9 @@ def stream(
             child.wait()
             raise
         finally:
-            if isinstance(show, _Passer):
+            if isinstance(show, _OutputForwarder):
                 show.finish()
-    return Finished(
+    return ProcessResult(
         returncode=child.returncode,
         tail=b"".join(tail).decode(errors="replace"),
         seconds=time.monotonic() - started,
@@ -282,7 +282,7 @@ def end_leftovers(mark: str) -> int:
     Returns:
         How many processes were ended.
     """
-    left = others(lambda process: process.environ().get(RUN_MARK) == mark)
+    left = find_processes(lambda process: process.environ().get(RUN_MARK) == mark)
     end_tree(process.pid for process in left)
     return len(left)
 
@@ -290,11 +290,11 @@ def end_leftovers(mark: str) -> int:
 def running_from(*directories: Path) -> list[int]:
     """The processes whose program or script, as they were started, lies in one of these directories."""
     prefixes = tuple(f"{directory}{os.sep}" for directory in directories)
-    found = others(lambda process: any(part.startswith(prefixes) for part in process.cmdline()[:2]))
+    found = find_processes(lambda process: any(part.startswith(prefixes) for part in process.cmdline()[:2]))
     return sorted(process.pid for process in found)
 
 
-def others(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+def find_processes(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     """The processes besides this one that are wanted, of those that may be looked at."""
     import psutil
 
@@ -306,7 +306,7 @@ def others(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     return found
 
 
-class _Passer:
+class _OutputForwarder:
     """Passes a child's output on to standard error.
 
     In a file or a CI log a progress bar would be written out once a redraw; there, only

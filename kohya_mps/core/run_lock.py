@@ -13,8 +13,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from .errors import Busy
-from .files import write
-from .installation import Home
+from .files import write_atomic
+from .installation import Installation
 from .process import RUN_MARK, end_leftovers, running_from
 
 
@@ -27,7 +27,7 @@ class _Holder(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def held(home: Home) -> Iterator[None]:
+def exclusive_lock(home: Installation) -> Iterator[None]:
     """Hold the installation; what a killed run left running is ended first.
 
     Raises:
@@ -42,11 +42,11 @@ def held(home: Home) -> Iterator[None]:
         left = (killed.mark, *killed.left) if killed else ()
         mark = uuid.uuid4().hex
         # Before anything that takes time: a second run has to name this process.
-        write(record, msgspec.json.encode(_Holder(os.getpid(), mark, left)))
+        write_atomic(record, msgspec.json.encode(_Holder(os.getpid(), mark, left)))
         for old in left:
             end_leftovers(old)
         os.environ[RUN_MARK] = mark
-        write(record, msgspec.json.encode(_Holder(os.getpid(), mark)))
+        write_atomic(record, msgspec.json.encode(_Holder(os.getpid(), mark)))
         yield
         record.unlink(missing_ok=True)
     finally:
@@ -54,7 +54,7 @@ def held(home: Home) -> Iterator[None]:
         lock.release()
 
 
-def _take(lock: FileLock, home: Home, record: Path) -> None:
+def _take(lock: FileLock, home: Installation, record: Path) -> None:
     """Take the lock, or name who has it."""
     holder: _Holder | None = None
     # First not zero: `invoke status` takes the lock for a moment to see whether somebody has
@@ -64,7 +64,7 @@ def _take(lock: FileLock, home: Home, record: Path) -> None:
         try:
             lock.acquire(timeout=seconds, poll_interval=0.02)
         except Timeout:
-            if holder := _present_holder(record):
+            if holder := _wait_for_holder(record):
                 break
         else:
             return
@@ -75,7 +75,7 @@ def _take(lock: FileLock, home: Home, record: Path) -> None:
     )
 
 
-def check_unused(home: Home, would: str) -> None:
+def check_unused(home: Installation, would: str) -> None:
     """Refuse to change what a training, kohya's page or TensorBoard is running from.
 
     Args:
@@ -91,7 +91,7 @@ def check_unused(home: Home, would: str) -> None:
         )
 
 
-def running(home: Home) -> int | None:
+def holder_pid(home: Installation) -> int | None:
     """The process that holds the installation now, if any."""
     if not (home.state / "lock").exists():
         return None
@@ -101,13 +101,13 @@ def running(home: Home) -> int | None:
     except OSError as error:
         if not isinstance(error, Timeout):  # a home that cannot be written has nobody at work in it
             return None
-        holder = _present_holder(home.state / "holder.json")
+        holder = _wait_for_holder(home.state / "holder.json")
         return holder.pid if holder else 0
     lock.release()
     return None
 
 
-def _present_holder(record: Path) -> _Holder | None:
+def _wait_for_holder(record: Path) -> _Holder | None:
     """The run that holds the lock now; it writes its record a moment after it took the lock."""
     deadline = time.monotonic() + 1
     while True:

@@ -13,7 +13,7 @@ import yaml
 from packaging.version import Version
 
 from .errors import UsageError, restores
-from .machine import macos, on_mac
+from .machine import macos_version, on_mac
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
@@ -92,7 +92,7 @@ class Profile(_Strict, frozen=True):
         allowed = self.mixed_precision.get(device, ("no",))
         if device != "mps":
             return allowed
-        here = Version(macos())
+        here = Version(macos_version())
         return tuple(each for each in allowed if here >= Version(self.needs_macos.get(each, "0")))
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from kohya_mps.core.errors import UsageError
 from kohya_mps.trainer_config.config_file import parse_toml, read_text
-from kohya_mps.trainer_config.trainer_options import Training, typed
+from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options
 
 # sd-scripts 2e0fcc50, library/train_util.py, line 104: small or capital letters, no mixture.
 SMALL_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -28,7 +28,7 @@ class Folder(msgspec.Struct, frozen=True):
     """One folder of pictures: how often each is shown, and what is beside them.
 
     ``bad_captions`` says which captions end the training, ``other_captions`` counts pictures
-    whose caption has another ending than the chosen one, by that ending, and ``unseen``
+    whose caption has another ending than the chosen one, by that ending, and ``unsupported``
     names pictures that the trainer passes over for theirs.
     """
 
@@ -39,34 +39,34 @@ class Folder(msgspec.Struct, frozen=True):
     without_caption: int = 0
     bad_captions: tuple[str, ...] = ()
     other_captions: Mapping[str, int] = {}
-    unseen: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
 
 
-class DataSet(msgspec.Struct, frozen=True):
+class Subset(msgspec.Struct, frozen=True):
     """Folders that are trained at one resolution and batch size."""
 
-    settings: Training
+    settings: TrainerOptions
     folders: tuple[Folder, ...]
 
     @property
-    def shown(self) -> int:
+    def images_per_epoch(self) -> int:
         """Pictures in one epoch. Regularization pictures are repeated until they are as many."""
         train = sum(f.repeats * len(f.pictures) for f in self.folders if not f.regularization)
         regular = any(f.regularization and f.pictures for f in self.folders)
         return train * 2 if regular else train
 
 
-class Data(msgspec.Struct, frozen=True):
+class Dataset(msgspec.Struct, frozen=True):
     """All that a training is given to see, and what was wrong with finding it.
 
     ``missing`` are folders and files that do not exist, ``ignored`` folders without a
-    number of repeats in their name, ``loose`` pictures that lie beside those folders.
+    number of repeats in their name, ``unfoldered`` pictures that lie beside those folders.
     """
 
-    sets: tuple[DataSet, ...] = ()
+    sets: tuple[Subset, ...] = ()
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    loose: int = 0
+    unfoldered: int = 0
 
     @property
     def folders(self) -> list[Folder]:
@@ -74,13 +74,13 @@ class Data(msgspec.Struct, frozen=True):
         return [folder for data_set in self.sets for folder in data_set.folders]
 
 
-class Examined(msgspec.Struct, frozen=True):
+class Verified(msgspec.Struct, frozen=True):
     """What opening the pictures showed: those that cannot be read, and why."""
 
     unreadable: tuple[tuple[Path, str], ...]
 
 
-def find(training: Training, base: Path) -> Data | None:
+def scan(training: TrainerOptions, base: Path) -> Dataset | None:
     """Find the pictures of a training; nothing when it names none.
 
     Args:
@@ -91,27 +91,27 @@ def find(training: Training, base: Path) -> Data | None:
         return _from_config(training, base)
     if not training.train_data_dir:
         return None
-    root = place(training.train_data_dir, base)
+    root = resolve_path(training.train_data_dir, base)
     if not os.path.isdir(root):
-        return Data(missing=(f"{root} (train_data_dir)",))
+        return Dataset(missing=(f"{root} (train_data_dir)",))
     if training.in_json:
         folder = _look(root, 1, False, training.caption_extension)
         repeated = msgspec.structs.replace(folder, repeats=max(1, training.dataset_repeats))
-        return Data((DataSet(training, (repeated,)),))
+        return Dataset((Subset(training, (repeated,)),))
     folders, ignored = _with_repeats(root, False, training.caption_extension)
     missing: tuple[str, ...] = ()
     if training.reg_data_dir:
-        regular = place(training.reg_data_dir, base)
+        regular = resolve_path(training.reg_data_dir, base)
         if os.path.isdir(regular):
             more, also_ignored = _with_repeats(regular, True, training.caption_extension)
             folders, ignored = folders + more, ignored + also_ignored
         else:
             missing = (f"{regular} (reg_data_dir)",)
-    loose = sum(name.endswith(_ENDINGS) for name in _names(root))
-    return Data((DataSet(training, tuple(folders)),), missing, tuple(ignored), loose)
+    unfoldered = sum(name.endswith(_ENDINGS) for name in _names(root))
+    return Dataset((Subset(training, tuple(folders)),), missing, tuple(ignored), unfoldered)
 
 
-def examine(pictures: Sequence[Path]) -> Examined:
+def verify(pictures: Sequence[Path]) -> Verified:
     """Open every picture with Pillow, as the trainer does, and decode it: JPEGs at an eighth."""
     from PIL import Image
 
@@ -127,10 +127,10 @@ def examine(pictures: Sequence[Path]) -> Examined:
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's about sizes and metadata: the trainer goes on, too
         found = zip(pictures, pool.map(problem, pictures), strict=True)
-        return Examined(tuple((path, reason) for path, reason in found if reason))
+        return Verified(tuple((path, reason) for path, reason in found if reason))
 
 
-def place(name: str, base: Path) -> Path:
+def resolve_path(name: str, base: Path) -> Path:
     """A path of the settings, as the trainer will understand it when it starts in ``base``."""
     return base / os.path.expanduser(name)
 
@@ -163,7 +163,7 @@ def _look(path: Path, repeats: int, regularization: bool, ending: str) -> Folder
         other for stem in bare if (other := next((e for e in _CAPTIONS if stem + e in present), ""))
     )
     captions = [path / (stem + ending) for stem in stems if stem + ending in present]
-    unseen = [n for n in names if not n.endswith(_ENDINGS) and _is_picture(n)]
+    unsupported = [n for n in names if not n.endswith(_ENDINGS) and _is_picture(n)]
     return Folder(
         path=path,
         repeats=repeats,
@@ -172,7 +172,7 @@ def _look(path: Path, repeats: int, regularization: bool, ending: str) -> Folder
         without_caption=len(bare),
         bad_captions=tuple(problem for caption in captions if (problem := _caption_problem(caption))),
         other_captions=dict(others),
-        unseen=tuple(unseen),
+        unsupported=tuple(unsupported),
     )
 
 
@@ -200,11 +200,11 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-def _from_config(training: Training, base: Path) -> Data:
-    path = place(training.dataset_config, base)
+def _from_config(training: TrainerOptions, base: Path) -> Dataset:
+    path = resolve_path(training.dataset_config, base)
     if not os.path.isfile(path):
-        return Data(missing=(f"{path} (dataset_config)",))
-    sets: list[DataSet] = []
+        return Dataset(missing=(f"{path} (dataset_config)",))
+    sets: list[Subset] = []
     missing: list[str] = []
     config = _read_config(path)
     general = config["general"] if isinstance(config.get("general"), dict) else {}
@@ -213,7 +213,7 @@ def _from_config(training: Training, base: Path) -> Data:
         folders = []
         for subset in _tables(data_set.get("subsets")):
             chosen = {**general, **data_set, **subset}
-            directory = place(str(chosen.get("image_dir", "")), base)
+            directory = resolve_path(str(chosen.get("image_dir", "")), base)
             if not os.path.isdir(directory):
                 missing.append(f"{directory} (image_dir)")
                 continue
@@ -227,8 +227,8 @@ def _from_config(training: Training, base: Path) -> Data:
                     ending,
                 )
             )
-        sets.append(DataSet(settings, tuple(folders)))
-    return Data(tuple(sets), tuple(missing))
+        sets.append(Subset(settings, tuple(folders)))
+    return Dataset(tuple(sets), tuple(missing))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _tables(value: Any) -> Iterator[dict[str, Any]]:
 _CONFIG_NAMES = {"batch_size": "train_batch_size"}
 
 
-def _overridden(training: Training, *layers: Mapping[str, Any]) -> Training:
+def _overridden(training: TrainerOptions, *layers: Mapping[str, Any]) -> TrainerOptions:
     values: dict[str, Any] = {}
     for layer in layers:
         values |= {_CONFIG_NAMES.get(name, name): value for name, value in layer.items()}
@@ -262,6 +262,6 @@ def _overridden(training: Training, *layers: Mapping[str, Any]) -> Training:
         values["resolution"] = str(sides)
     elif isinstance(sides, list):
         values["resolution"] = ",".join(map(str, sides))
-    settings, _ = typed(values, text=True)
-    chosen = {n: getattr(settings, n) for n in values if n in Training.__struct_fields__}
+    settings, _ = parse_options(values, text=True)
+    chosen = {n: getattr(settings, n) for n in values if n in TrainerOptions.__struct_fields__}
     return msgspec.structs.replace(training, **chosen)

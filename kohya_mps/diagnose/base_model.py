@@ -59,7 +59,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin"})
 
 
-def look(name: str, path: Path) -> Model:
+def inspect(name: str, path: Path) -> Model:
     """Look at a model without loading it.
 
     Args:

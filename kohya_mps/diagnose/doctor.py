@@ -19,29 +19,29 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
 from kohya_mps.core.errors import StepFailed
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device, memory_gb, on_mac
-from kohya_mps.core.process import capture, scrubbed, stream, uv
+from kohya_mps.core.process import capture, clean_environ, stream, uv
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import CONSTRAINTS, ROOT, Settings
 from kohya_mps.install import accelerate_config, accelerate_launch, generations, inventory, lockfile, status
 from kohya_mps.install.generations import Generation
 from kohya_mps.known_failures import catalogue
-from kohya_mps.known_failures.catalogue import Situation
+from kohya_mps.known_failures.catalogue import Target
 
 # What torch takes when the variables are not set (aten/src/ATen/mps/MPSAllocator.h, unified memory).
 _HIGH_WATERMARK, _LOW_WATERMARK = 1.7, 1.4
 _NETWORK_SECONDS = 15.0
 
 
-class Asked(msgspec.Struct, frozen=True):
+class DoctorOptions(msgspec.Struct, frozen=True):
     """What the doctor looks at besides: torch (``deep``), the network (``online``)."""
 
     deep: bool = False
     online: bool = False
 
 
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
+class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What rules over the environment may ask for; nothing means unknown or not there.
 
     Versions of installed packages are facts, too, as ``package_NAME``, with underlines. ``_gb`` are
@@ -96,9 +96,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     upstream_pair_broken: bool | None = None
 
 
-def examine(settings: Settings, asked: Asked) -> Report:
+def examine(settings: Settings, asked: DoctorOptions) -> Report:
     """Look at the machine and the installation, and judge them by the known failures."""
-    home = Home(settings.home)
+    home = Installation(settings.home)
     active = generations.active(home)
     state = status.status(settings).checks if active else ()
     lock = lockfile.read(settings.profile.lock_file).versions(lockfile.here(on_mac()))
@@ -110,8 +110,8 @@ def examine(settings: Settings, asked: Asked) -> Report:
     versions = inventory.versions(active.venv) if active else {}
     facts: dict[str, Any] = msgspec.structs.asdict(machine)
     facts |= {f"package_{name.replace('-', '_')}": version for name, version in versions.items()}
-    situation = Situation(expected_device(), settings.profile_name, settings.profile, lock)
-    found = list(catalogue.ahead(catalogue.known(), "environment", facts, situation))
+    situation = Target(expected_device(), settings.profile_name, settings.profile, lock)
+    found = list(catalogue.matching(catalogue.known(), "environment", facts, situation))
     troubles: dict[str, list[Check]] = {}
     for finding in found:
         troubles.setdefault(finding.rule.about, []).append(finding.check())
@@ -133,7 +133,7 @@ def examine(settings: Settings, asked: Asked) -> Report:
     return Report(f"Doctor: this machine and {home.root}", tuple(checks), extra)
 
 
-def _machine(settings: Settings, home: Home) -> Machine:
+def _machine(settings: Settings, home: Installation) -> MachineFacts:
     place = home.root
     while not place.exists():
         place = place.parent
@@ -145,7 +145,7 @@ def _machine(settings: Settings, home: Home) -> Machine:
     )
     hf_home = environ.get("HF_HOME") or None
     default = accelerate_config.default_location()
-    return Machine(
+    return MachineFacts(
         system=platform.system(),
         architecture=platform.machine(),
         rosetta=_sysctl("sysctl.proc_translated") == "1",
@@ -182,12 +182,12 @@ def _machine(settings: Settings, home: Home) -> Machine:
 
 
 def _with_environment(
-    machine: Machine,
+    machine: MachineFacts,
     settings: Settings,
     active: Generation,
     state: tuple[Check, ...],
     wanted: Mapping[str, str],
-) -> Machine:
+) -> MachineFacts:
     manifest = active.manifest()
     versions = inventory.versions(active.venv)
     changed = [
@@ -209,7 +209,7 @@ def _with_environment(
     )
 
 
-def _topics(machine: Machine, settings: Settings, asked: Asked) -> Iterator[tuple[str, str]]:
+def _topics(machine: MachineFacts, settings: Settings, asked: DoctorOptions) -> Iterator[tuple[str, str]]:
     """The rows of the report and what they say when nothing is wrong with them."""
     yield "architecture", f"{machine.system} {machine.architecture}"
     if machine.macos:
@@ -248,7 +248,7 @@ def _deep(settings: Settings, active: Generation | None) -> tuple[Check, ...]:
     return smoke_check.run(settings, active).checks
 
 
-def _online(settings: Settings, machine: Machine) -> Machine:
+def _online(settings: Settings, machine: MachineFacts) -> MachineFacts:
     from kohya_mps.install import package_index  # and what only it needs: the other rows are there without
 
     say("  asking the repository and the package index")
@@ -287,7 +287,7 @@ def _answers(command: list[str], extra: dict[str, str]) -> tuple[bool, str]:
         done = stream(
             command,
             cwd=ROOT,
-            env=scrubbed(extra=extra),
+            env=clean_environ(extra=extra),
             stall_seconds=_NETWORK_SECONDS,
             on_output=lambda piece: None,
         )
@@ -358,7 +358,7 @@ def _sysctl(name: str) -> str | None:
     return _first_line(["sysctl", "-in", name]) if on_mac() else None
 
 
-def _other_venv(active: str | None, home: Home) -> str | None:
+def _other_venv(active: str | None, home: Installation) -> str | None:
     """An active environment that is neither this project's tools' nor the trainer's."""
     if not active:
         return None

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.settings import CONFIG, read_yaml
-from kohya_mps.dataset.scan import Data
-from kohya_mps.trainer_config.trainer_options import Training
+from kohya_mps.dataset.scan import Dataset
+from kohya_mps.trainer_config.trainer_options import TrainerOptions
 
 from .base_model import Model
 
@@ -89,7 +89,12 @@ def models(path: Path = PATH) -> Models:
 
 
 def estimate(
-    training: Training, trainer: str, family: str, model: Model | None, data: Data | None, device: str
+    training: TrainerOptions,
+    trainer: str,
+    family: str,
+    model: Model | None,
+    data: Dataset | None,
+    device: str,
 ) -> Estimate:
     """Reckon a training.
 
@@ -101,14 +106,16 @@ def estimate(
         data: the pictures that were found.
         device: ``mps``, ``cuda`` or ``cpu``.
     """
-    shown = sum(s.shown for s in data.sets) if data else 0
-    batches = sum(_up(s.shown, s.settings.train_batch_size) for s in data.sets) if data else 0
-    per_epoch = _up(batches, training.gradient_accumulation_steps)
+    shown = sum(s.images_per_epoch for s in data.sets) if data else 0
+    batches = (
+        sum(_ceil_div(s.images_per_epoch, s.settings.train_batch_size) for s in data.sets) if data else 0
+    )
+    per_epoch = _ceil_div(batches, training.gradient_accumulation_steps)
     if training.max_train_epochs is not None:
         steps = training.max_train_epochs * per_epoch if per_epoch else None
     else:
         steps = training.max_train_steps
-    epochs = _up(steps, per_epoch) if steps is not None and per_epoch else training.max_train_epochs
+    epochs = _ceil_div(steps, per_epoch) if steps is not None and per_epoch else training.max_train_epochs
     known = models().family(family)
     files = None if steps is None else _checkpoints(training, steps, epochs)
     size = _checkpoint_gb(training, trainer, known) if known else None
@@ -122,11 +129,11 @@ def estimate(
     )
 
 
-def _up(count: int, by: int) -> int:
+def _ceil_div(count: int, by: int) -> int:
     return -(-count // max(1, by))
 
 
-def _checkpoints(training: Training, steps: int, epochs: int | None) -> int:
+def _checkpoints(training: TrainerOptions, steps: int, epochs: int | None) -> int:
     """Files that stay: those on the way, less those that are removed again, and the last."""
     kept = 1
     every = training.save_every_n_epochs
@@ -138,11 +145,11 @@ def _checkpoints(training: Training, steps: int, epochs: int | None) -> int:
     if training.save_every_n_steps and training.save_every_n_steps > 0:
         files = max(0, steps - 1) // training.save_every_n_steps
         last = training.save_last_n_steps
-        kept += min(files, _up(last, training.save_every_n_steps) if last else files)
+        kept += min(files, _ceil_div(last, training.save_every_n_steps) if last else files)
     return kept
 
 
-def trained_parameters(training: Training, trainer: str, family: Family) -> int:
+def trained_parameters(training: TrainerOptions, trainer: str, family: Family) -> int:
     """How many numbers are trained.
 
     LyCORIS' algorithms differ: loha and glora hold two pairs where LoRA holds one, lokr the
@@ -190,7 +197,7 @@ def _optimizer_copies(name: str) -> float:
     return 1 if "lion" in name or "sgd" in name else 2
 
 
-def _checkpoint_gb(training: Training, trainer: str, family: Family) -> float:
+def _checkpoint_gb(training: TrainerOptions, trainer: str, family: Family) -> float:
     count = trained_parameters(training, trainer, family)
     if count and not training.network_module:
         count = family.unet + family.text_encoders + family.vae
@@ -202,7 +209,12 @@ def _checkpoint_gb(training: Training, trainer: str, family: Family) -> float:
 
 
 def _peak_gb(
-    training: Training, trainer: str, family: Family, model: Model | None, data: Data | None, device: str
+    training: TrainerOptions,
+    trainer: str,
+    family: Family,
+    model: Model | None,
+    data: Dataset | None,
+    device: str,
 ) -> float:
     read = model.parameters if model else {}
     unet = read.get("unet", family.unet)
@@ -222,8 +234,10 @@ def _peak_gb(
     return models().trainer_gb + max(loading, weights + learned + step)
 
 
-def _step_gb(training: Training, settings: Training, family: Family, unet: int, device: str) -> float:
-    width, height = settings.sides or (512, 512)
+def _step_gb(
+    training: TrainerOptions, settings: TrainerOptions, family: Family, unet: int, device: str
+) -> float:
+    width, height = settings.width_and_height or (512, 512)
     area = width * height / 512**2
     # MPS has a fused attention for inference only: with gradients it takes the long way.
     fused = training.mem_eff_attn or (device != "mps" and (training.sdpa or training.xformers))

@@ -23,13 +23,13 @@ from kohya_mps.core.machine import expected_device, memory_gb
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.settings import Settings, hugging_face_home
 from kohya_mps.dataset import scan
-from kohya_mps.dataset.scan import Data
+from kohya_mps.dataset.scan import Dataset
 from kohya_mps.install import lockfile
 from kohya_mps.known_failures import catalogue
-from kohya_mps.known_failures.catalogue import DEVICES, Finding, Situation
+from kohya_mps.known_failures.catalogue import DEVICES, Finding, Target
 from kohya_mps.trainer_config import autofix, config_file
-from kohya_mps.trainer_config.config_file import Kind, TrainingFile, read
-from kohya_mps.trainer_config.trainer_options import Training, WrongType, typed
+from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
+from kohya_mps.trainer_config.trainer_options import TrainerOptions, WrongType, parse_options
 
 from . import base_model
 from .base_model import Form, Model
@@ -39,7 +39,7 @@ from .estimate import Estimate, estimate, models
 _COMFORTABLE = 0.75
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What preflight finds out besides the settings and the estimate; rules ask for these names.
 
     Nothing means that it is not known, or that there is nothing of the kind. Texts are
@@ -73,8 +73,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     pictures: int | None = None
     missing_data: str | None = None
     ignored: str | None = None
-    loose: int | None = None
-    unseen: str | None = None
+    unfoldered: int | None = None
+    unsupported: str | None = None
     unreadable: str | None = None
     bad_captions: str | None = None
     other_captions: int | None = None
@@ -87,10 +87,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Every name that a rule over settings may ask for.
-FACTS = frozenset(Training.__struct_fields__ + Estimate.__struct_fields__ + Facts.__struct_fields__)
+FACTS = frozenset(
+    TrainerOptions.__struct_fields__ + Estimate.__struct_fields__ + TrainingFacts.__struct_fields__
+)
 
 
-class Question(msgspec.Struct, frozen=True):
+class PreflightOptions(msgspec.Struct, frozen=True):
     """What is asked: a file, for which device, and where its relative paths begin.
 
     ``trainer`` is the script that a file is meant for which does not say so itself.
@@ -106,20 +108,20 @@ class Question(msgspec.Struct, frozen=True):
     fix: Path | None = None
 
 
-class Looked(msgspec.Struct, frozen=True):
+class Inspection(msgspec.Struct, frozen=True):
     """A training with everything that was found out about it."""
 
-    file: TrainingFile
-    training: Training
+    file: ConfigFile
+    training: TrainerOptions
     wrong: tuple[WrongType, ...]
     model: Model | None
     vae: Model | None
-    data: Data | None
+    data: Dataset | None
     family: str
     estimate: Estimate
 
 
-def question(file: str, device: str, memory: str, trainer: str, fix: str) -> Question:
+def parse_flags(file: str, device: str, memory: str, trainer: str, fix: str) -> PreflightOptions:
     """The question as it was typed; what is empty was not.
 
     Raises:
@@ -131,7 +133,7 @@ def question(file: str, device: str, memory: str, trainer: str, fix: str) -> Que
         memory_gb = 0.0
     if memory_gb is not None and not 0 < memory_gb < 1e6:
         raise UsageError(f"--memory: {memory!r} is no number of gigabytes", "such as 16")
-    return Question(
+    return PreflightOptions(
         Path(file),
         device=device,
         trainer=trainer,
@@ -140,7 +142,7 @@ def question(file: str, device: str, memory: str, trainer: str, fix: str) -> Que
     )
 
 
-def check(settings: Settings, asked: Question) -> Report:
+def check(settings: Settings, asked: PreflightOptions) -> Report:
     """Judge a training's settings.
 
     Raises:
@@ -153,9 +155,9 @@ def check(settings: Settings, asked: Question) -> Report:
     file = read(asked.file)
     if not file.trainer:
         file = msgspec.structs.replace(file, trainer=asked.trainer)
-    situation = situation_of(settings, device)
-    start = asked.base or config_file.base(file)
-    looked = look(file, device, start)
+    situation = target_for(settings, device)
+    start = asked.base or config_file.base_directory(file)
+    looked = inspect(file, device, start)
     memory = asked.memory_gb or (memory_gb() if device == expected_device() else None)
     found = findings(looked, situation, start, memory)
     checks = [_read_row(looked, situation), *(finding.check() for finding in found)]
@@ -178,29 +180,29 @@ def check(settings: Settings, asked: Question) -> Report:
     return Report(f"Preflight of {asked.file} for {device}", tuple(checks), extra, _next(found, asked))
 
 
-def situation_of(settings: Settings, device: str) -> Situation:
+def target_for(settings: Settings, device: str) -> Target:
     """The profile's rules and the versions of its lock on the machines that have a device."""
     lock = lockfile.read(settings.profile.lock_file)
     versions = lock.versions(lockfile.here(device == "mps"))
-    return Situation(device, settings.profile_name, settings.profile, versions)
+    return Target(device, settings.profile_name, settings.profile, versions)
 
 
-def look(file: TrainingFile, device: str, base: Path) -> Looked:
+def inspect(file: ConfigFile, device: str, base: Path) -> Inspection:
     """Type the settings and look at every file that they name."""
-    training, wrong = typed(file.settings, text=file.numbers_as_text)
+    training, wrong = parse_options(file.settings, text=file.numbers_as_text)
     if wrong:  # what is meant is judged, besides how it is written
-        meant = {w.name: value for w in wrong if (value := autofix.retyped(w)) is not None}
-        training, _ = typed({**file.settings, **meant}, text=file.numbers_as_text)
+        meant = {w.name: value for w in wrong if (value := autofix.coerce(w)) is not None}
+        training, _ = parse_options({**file.settings, **meant}, text=file.numbers_as_text)
     name, vae = training.pretrained_model_name_or_path, training.vae
-    model = base_model.look(name, scan.place(name, base)) if name else None
-    data = scan.find(training, base)
+    model = base_model.inspect(name, scan.resolve_path(name, base)) if name else None
+    data = scan.scan(training, base)
     family = _family(file, training, model)
-    return Looked(
+    return Inspection(
         file=file,
         training=training,
         wrong=wrong,
         model=model,
-        vae=base_model.look(vae, scan.place(vae, base)) if vae else None,
+        vae=base_model.inspect(vae, scan.resolve_path(vae, base)) if vae else None,
         data=data,
         family=family,
         estimate=_estimate(file, training, family, model, data, device),
@@ -208,14 +210,19 @@ def look(file: TrainingFile, device: str, base: Path) -> Looked:
 
 
 def _estimate(
-    file: TrainingFile, training: Training, family: str, model: Model | None, data: Data | None, device: str
+    file: ConfigFile,
+    training: TrainerOptions,
+    family: str,
+    model: Model | None,
+    data: Dataset | None,
+    device: str,
 ) -> Estimate:
     if file.kind is Kind.DATASET:  # how it is trained is told elsewhere
-        return Estimate(pictures=sum(s.shown for s in data.sets) if data else None)
+        return Estimate(pictures=sum(s.images_per_epoch for s in data.sets) if data else None)
     return estimate(training, file.trainer, family, model, data, device)
 
 
-def findings(looked: Looked, situation: Situation, base: Path, memory_gb: float | None) -> list[Finding]:
+def findings(looked: Inspection, situation: Target, base: Path, memory_gb: float | None) -> list[Finding]:
     """The known failures that a training would meet, worst first, each once."""
     common = _facts(looked, situation, base, memory_gb)
     found: dict[str, Finding] = {}
@@ -223,12 +230,12 @@ def findings(looked: Looked, situation: Situation, base: Path, memory_gb: float 
         [s.settings for s in looked.data.sets] if looked.data and looked.data.sets else [looked.training]
     ):
         facts = _together(looked, _of_set(common, settings), settings)
-        for finding in catalogue.ahead(catalogue.known(), "settings", facts, situation):
+        for finding in catalogue.matching(catalogue.known(), "settings", facts, situation):
             found.setdefault(finding.failure.id, finding)
     return sorted(found.values(), key=lambda finding: finding.rule.level)
 
 
-def _together(looked: Looked, facts: Facts, settings: Training) -> dict[str, Any]:
+def _together(looked: Inspection, facts: TrainingFacts, settings: TrainerOptions) -> dict[str, Any]:
     """All facts by name, those that mean more than the plain setting last."""
     named = {name: getattr(settings, name) for name in _PER_SET}
     parts = (looked.training, looked.estimate, facts)
@@ -238,7 +245,7 @@ def _together(looked: Looked, facts: Facts, settings: Training) -> dict[str, Any
     return merged | named | {"pictures": facts.pictures}
 
 
-def _family(file: TrainingFile, training: Training, model: Model | None) -> str:
+def _family(file: ConfigFile, training: TrainerOptions, model: Model | None) -> str:
     """What is trained: the script says it, then the base model, then what only one family has."""
     if by_script := _script_family(file.trainer, training):
         return by_script
@@ -249,7 +256,7 @@ def _family(file: TrainingFile, training: Training, model: Model | None) -> str:
     return "sd2" if training.v2 else "sd15"
 
 
-def _script_family(trainer: str, training: Training) -> str:
+def _script_family(trainer: str, training: TrainerOptions) -> str:
     for prefix in ("sdxl", "flux", "sd3"):
         if trainer.startswith(prefix):
             return prefix
@@ -258,13 +265,13 @@ def _script_family(trainer: str, training: Training) -> str:
     return "sd2" if training.v2 else "sd15"
 
 
-def _facts(looked: Looked, situation: Situation, base: Path, memory_gb: float | None) -> Facts:
+def _facts(looked: Inspection, situation: Target, base: Path, memory_gb: float | None) -> TrainingFacts:
     training, data = looked.training, looked.data
     offline = [
         n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(n, "0").upper() in _YES
     ]
     problem, free = _output(training, base)
-    facts = Facts(
+    facts = TrainingFacts(
         is_training=looked.file.kind is not Kind.DATASET,
         trainer=looked.file.trainer or "train_network.py",
         family=looked.family,
@@ -296,9 +303,9 @@ def _facts(looked: Looked, situation: Situation, base: Path, memory_gb: float | 
 _YES = frozenset({"1", "TRUE", "YES", "ON"})
 
 
-def _of_set(common: Facts, settings: Training) -> Facts:
+def _of_set(common: TrainingFacts, settings: TrainerOptions) -> TrainingFacts:
     """The facts for one set of pictures: each may have a resolution and buckets of its own."""
-    sides = settings.sides
+    sides = settings.width_and_height
     step = max(1, settings.bucket_reso_steps)
     return msgspec.structs.replace(
         common,
@@ -324,9 +331,9 @@ _PER_SET = (
 )
 
 
-def _with_pictures(facts: Facts, data: Data) -> Facts:
+def _with_pictures(facts: TrainingFacts, data: Dataset) -> TrainingFacts:
     trained = [folder for folder in data.folders if not folder.regularization]
-    examined = scan.examine([path for folder in data.folders for path in folder.pictures])
+    examined = scan.verify([path for folder in data.folders for path in folder.pictures])
     endings: Counter[str] = Counter()
     for folder in trained:
         endings.update(folder.other_captions)
@@ -335,8 +342,8 @@ def _with_pictures(facts: Facts, data: Data) -> Facts:
         pictures=sum(len(folder.pictures) for folder in trained),
         missing_data=_listed(data.missing),
         ignored=_listed(data.ignored),
-        loose=data.loose,
-        unseen=_listed([name for folder in data.folders for name in folder.unseen]),
+        unfoldered=data.unfoldered,
+        unsupported=_listed([name for folder in data.folders for name in folder.unsupported]),
         unreadable=_listed([f"{path} ({reason})" for path, reason in examined.unreadable]),
         bad_captions=_listed([problem for folder in trained for problem in folder.bad_captions]),
         other_captions=endings.total(),
@@ -344,11 +351,11 @@ def _with_pictures(facts: Facts, data: Data) -> Facts:
     )
 
 
-def _output(training: Training, base: Path) -> tuple[str | None, float | None]:
+def _output(training: TrainerOptions, base: Path) -> tuple[str | None, float | None]:
     """What is wrong with the output directory, and how many gigabytes are free there."""
     if not training.output_dir:
         return None, None
-    wanted = scan.place(training.output_dir, base)
+    wanted = scan.resolve_path(training.output_dir, base)
     existing = wanted
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
@@ -366,7 +373,7 @@ def _listed(items: tuple[str, ...] | list[str]) -> str | None:
     return ", ".join(shown) + more if items else None
 
 
-def _differs(looked: Looked) -> str | None:
+def _differs(looked: Inspection) -> str | None:
     """A script for one family, and a base model that is of another."""
     script = _script_family(looked.file.trainer, looked.training)
     model = looked.model.family if looked.model and looked.model.form is not Form.HUB else ""
@@ -375,18 +382,18 @@ def _differs(looked: Looked) -> str | None:
     return f"{looked.file.trainer}{' with v2' if looked.training.v2 else ''} is for {script}, the base model is {model}"
 
 
-def _has_tokenizer(training: Training, base: Path) -> bool:
+def _has_tokenizer(training: TrainerOptions, base: Path) -> bool:
     """Whether CLIP's tokenizer is where the trainer looks before it asks the network."""
     name = "openai/clip-vit-large-patch14"
     if training.tokenizer_cache_dir:
-        cache = scan.place(training.tokenizer_cache_dir, base)
+        cache = scan.resolve_path(training.tokenizer_cache_dir, base)
         if os.path.isdir(cache / name.replace("/", "_")):
             return True
     hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{hugging_face_home()}/hub")
     return os.path.isdir(f"{hub}/models--{name.replace('/', '--')}/snapshots")
 
 
-def _macos_too_old(precision: str, situation: Situation) -> str | None:
+def _macos_too_old(precision: str, situation: Target) -> str | None:
     """A mixed precision that this Mac's system cannot do, by the profile's ``needs_macos``."""
     here, needed = platform.mac_ver()[0], situation.profile.needs_macos.get(precision)
     if situation.device != "mps" or not here or not needed or Version(here) >= Version(needed):
@@ -394,7 +401,7 @@ def _macos_too_old(precision: str, situation: Situation) -> str | None:
     return f"{precision} on MPS needs macOS {needed}, and this is {here}"
 
 
-def _read_row(looked: Looked, situation: Situation) -> Check:
+def _read_row(looked: Inspection, situation: Target) -> Check:
     file = looked.file
     where = (
         ""
@@ -409,7 +416,7 @@ def _read_row(looked: Looked, situation: Situation) -> Check:
     return Check("file", Status.WARN, f"{detail}. {'; '.join(file.notes)}", "see that this is what you mean")
 
 
-def _passes(looked: Looked, told: set[str], memory_gb: float | None) -> Iterator[Check]:
+def _passes(looked: Inspection, told: set[str], memory_gb: float | None) -> Iterator[Check]:
     """What was looked at and is good, or could not be told."""
     reckoned = looked.estimate
     rows = []
@@ -433,26 +440,28 @@ def _passes(looked: Looked, told: set[str], memory_gb: float | None) -> Iterator
     return (Check(name, Status.PASS, detail) for name, detail in rows if name not in told)
 
 
-def _write_fix(looked: Looked, found: list[Finding], out: Path) -> tuple[list[autofix.Change], list[Check]]:
-    wanted: dict[str, autofix.Wanted] = {}
+def _write_fix(
+    looked: Inspection, found: list[Finding], out: Path
+) -> tuple[list[autofix.Change], list[Check]]:
+    wanted: dict[str, autofix.Edit] = {}
     for finding in found:
         for name, value in finding.rule.change.items():
-            wanted.setdefault(name, autofix.Wanted(name, value, f"{finding.failure.id}: {finding.detail}"))
+            wanted.setdefault(name, autofix.Edit(name, value, f"{finding.failure.id}: {finding.detail}"))
     for wrong in looked.wrong:
-        repaired = autofix.retyped(wrong)
+        repaired = autofix.coerce(wrong)
         if repaired is not None and wrong.name not in wanted:
-            wanted[wrong.name] = autofix.Wanted(wrong.name, repaired, f"wrong-type: wants {wrong.wanted}")
-    corrected = autofix.correct(looked.file, list(wanted.values()))
+            wanted[wrong.name] = autofix.Edit(wrong.name, repaired, f"wrong-type: wants {wrong.wanted}")
+    corrected = autofix.autofix(looked.file, list(wanted.values()))
     autofix.save(looked.file, corrected, out)
     rows = [Check("corrected copy", Status.PASS, f"{out}: {len(corrected.changes)} settings changed")]
     rows += [
         Check("corrected copy", Status.WARN, f"{name} could not be changed in this file", "change it by hand")
-        for name in corrected.left
+        for name in corrected.not_fixable
     ]
     return list(corrected.changes), rows
 
 
-def _next(found: list[Finding], question: Question) -> tuple[str, ...]:
+def _next(found: list[Finding], question: PreflightOptions) -> tuple[str, ...]:
     if question.fix:
         return ("", f"Corrected copy: {question.fix}. Check it:  invoke preflight {question.fix}")
     if any(finding.rule.change for finding in found):

@@ -24,12 +24,12 @@ import msgspec
 import yaml
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import write
-from kohya_mps.core.installation import Home, check_place
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.installation import Installation, check_location
 from kohya_mps.core.machine import on_mac
 from kohya_mps.core.process import RUN_MARK, capture, end_leftovers, stream
 from kohya_mps.core.report import say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import GUI_PRESETS, PROBES, Gui, Settings, load_gui
 from kohya_mps.install import accelerate_launch, generations
 from kohya_mps.install.generations import Generation
@@ -41,7 +41,7 @@ LOOPBACK = "127.0.0.1"
 USER_PRESETS = Path("presets", "lora", "user_presets")
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class ServeOptions(msgspec.Struct, frozen=True):
     """What ``invoke gui`` was asked for.
 
     ``port`` as it was typed, ``listen`` the address to answer on, ``open`` the browser,
@@ -87,7 +87,7 @@ class Address(msgspec.Struct, frozen=True):
             connection.close()
 
 
-def serve(settings: Settings, wanted: Wanted) -> int:
+def serve(settings: Settings, wanted: ServeOptions) -> int:
     """Start the page, say where it is once it answers, and end it on Ctrl-C.
 
     Returns:
@@ -98,13 +98,13 @@ def serve(settings: Settings, wanted: Wanted) -> int:
         StepFailed: it ended by itself, or did not answer in time.
         Busy: another run holds this installation.
     """
-    home, chosen = Home(settings.home), load_gui()
+    home, chosen = Installation(settings.home), load_gui()
     address = Address(wanted.listen, _port(wanted.port, chosen.port))
     generation = _generation(home, wanted.profile)
     if wanted.config and not Path(wanted.config).is_file():
         raise UsageError(f"{wanted.config}: there is no such file", "give a config.toml as kohya_ss takes it")
-    check_place(home)
-    with held(home):
+    check_location(home)
+    with exclusive_lock(home):
         check_free(address)
         config = Path(wanted.config).absolute() if wanted.config else write_forms(home, generation, chosen)
         write_accelerate(home, generation)
@@ -118,7 +118,12 @@ def serve(settings: Settings, wanted: Wanted) -> int:
 
 
 def _run(
-    home: Home, command: list[str], variables: dict[str, str], address: Address, chosen: Gui, browser: bool
+    home: Installation,
+    command: list[str],
+    variables: dict[str, str],
+    address: Address,
+    chosen: Gui,
+    browser: bool,
 ) -> int:
     say(f"starting kohya_ss's page from {home.venv}")
     announcer = _Announcer(address, chosen.answers_within_seconds, browser)
@@ -204,7 +209,7 @@ def check_free(address: Address) -> None:
         ) from None
 
 
-def write_forms(home: Home, generation: Generation, chosen: Gui) -> Path:
+def write_forms(home: Installation, generation: Generation, chosen: Gui) -> Path:
     """Write the values that the page's forms open with, and return the file.
 
     The mixed precision is that of the accelerate configuration, with which trainings start.
@@ -217,7 +222,7 @@ def write_forms(home: Home, generation: Generation, chosen: Gui) -> Path:
     }
     sections = {name: {**chosen.forms.get(name, {}), **own.get(name, {})} for name in {**chosen.forms, **own}}
     path = _place(home) / "config.toml"
-    write(path, toml(sections).encode())
+    write_atomic(path, toml(sections).encode())
     return path
 
 
@@ -233,7 +238,7 @@ def toml(sections: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_accelerate(home: Home, generation: Generation) -> Path:
+def write_accelerate(home: Installation, generation: Generation) -> Path:
     """Write what the page finds when it looks for ``accelerate`` on its ``PATH``.
 
     The page names no configuration (kohya_gui/lora_gui.py, ``run_cmd``), so accelerate would
@@ -250,12 +255,12 @@ def write_accelerate(home: Home, generation: Generation) -> Path:
         f'if [ "$1" = launch ]; then\n    shift\n    exec {launcher} "$@"\nfi\nexec {other} "$@"\n'
     )
     path = _place(home) / "bin" / "accelerate"
-    write(path, text.encode())
+    write_atomic(path, text.encode())
     path.chmod(0o755)
     return path.parent
 
 
-def offer_presets(home: Home) -> None:
+def offer_presets(home: Installation) -> None:
     """Put links to our presets where the LoRA tab lists the user's; what is the user's stays."""
     for preset in sorted(GUI_PRESETS.glob("*.json")):
         offered = home.root / USER_PRESETS / preset.name
@@ -266,7 +271,7 @@ def offer_presets(home: Home) -> None:
             offered.symlink_to(preset)
 
 
-def environ(home: Home, generation: Generation) -> dict[str, str]:
+def environ(home: Installation, generation: Generation) -> dict[str, str]:
     """The variables for the page and, through it, for what it starts."""
     # Gradio would take an address, a port and folders to show from its own variables.
     kept = {
@@ -309,7 +314,7 @@ def _check_tkinter(generation: Generation) -> None:
     )
 
 
-def _generation(home: Home, profile: str) -> Generation:
+def _generation(home: Installation, profile: str) -> Generation:
     """The active generation, or the newest of a profile that was named."""
     install = f"`{f'KOHYA_PROFILE={profile} ' if profile else ''}invoke setup --gui` installs it"
     generation = installed(home)
@@ -335,5 +340,5 @@ def _port(typed: str, otherwise: int) -> int:
     return int(typed)
 
 
-def _place(home: Home) -> Path:
+def _place(home: Installation) -> Path:
     return home.state / "gui"

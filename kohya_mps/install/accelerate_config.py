@@ -15,9 +15,9 @@ import msgspec
 import yaml
 
 from kohya_mps.core.errors import StepFailed, UsageError, restores
-from kohya_mps.core.files import write
-from kohya_mps.core.installation import Home
-from kohya_mps.core.machine import expected_device, macos, on_mac
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.installation import Installation
+from kohya_mps.core.machine import expected_device, macos_version, on_mac
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.settings import CONFIG, PROBES, Settings, hugging_face_home
 
@@ -33,7 +33,7 @@ def fields(settings: Settings) -> dict[str, object]:
     return _template("mps" if on_mac() else "one-gpu") | {"mixed_precision": settings.mixed_precision}
 
 
-class Layout(msgspec.Struct, frozen=True):
+class ProcessLayout(msgspec.Struct, frozen=True):
     """How trainings are spread: processes on each machine, and this machine among several.
 
     ``rank`` counts from 0; ``address`` and ``port`` are the first machine's, as the others reach it.
@@ -68,7 +68,7 @@ class Layout(msgspec.Struct, frozen=True):
             )
 
 
-def spread(settings: Settings, generation: Generation, layout: Layout) -> Check:
+def configure_distributed(settings: Settings, generation: Generation, layout: ProcessLayout) -> Check:
     """Write how trainings are launched from now on, or go back to one process.
 
     The configuration lies in the home, not in a generation: it stays when the environment
@@ -79,7 +79,7 @@ def spread(settings: Settings, generation: Generation, layout: Layout) -> Check:
         StepFailed: accelerate reads something else than was written.
     """
     layout.check()
-    name, target = "trainings", Home(settings.home).spread_config
+    name, target = "trainings", Installation(settings.home).distributed_config
     if (layout.processes, layout.machines) == (1, 1):
         target.unlink(missing_ok=True)
         return Check(name, Status.PASS, "one process on this machine")
@@ -120,7 +120,9 @@ def check_precision(settings: Settings) -> None:
     if settings.mixed_precision not in allowed:
         needed = settings.profile.needs_macos.get(settings.mixed_precision)
         older = (
-            f"; it needs macOS {needed} there, and this is {macos()}" if needed and device == "mps" else ""
+            f"; it needs macOS {needed} there, and this is {macos_version()}"
+            if needed and device == "mps"
+            else ""
         )
         raise UsageError(
             f"mixed_precision: {settings.mixed_precision!r} does not work on {device} with the profile "
@@ -239,7 +241,7 @@ def write_default(generation: Generation, *, replace: bool = False) -> Check:
         note = f"; the one that was there is {kept.name}"
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != content:
-            write(path, content.encode())
+            write_atomic(path, content.encode())
     except OSError as error:
         return Check(
             name, Status.WARN, f"{path} cannot be written ({error.strerror}); our launches do not need it"

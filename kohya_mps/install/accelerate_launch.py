@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kohya_mps.core.process import capture, scrubbed
+from kohya_mps.core.process import capture, clean_environ
 
 from .generations import Generation
 
@@ -41,7 +41,7 @@ def environ(generation: Generation, *, offline: bool = False) -> dict[str, str]:
     extra = {"PYTORCH_ENABLE_MPS_FALLBACK": "1", "PYTHONUNBUFFERED": "1"}
     if offline:
         extra |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return scrubbed(path_first=generation.venv / "bin", extra=extra)
+    return clean_environ(path_first=generation.venv / "bin", extra=extra)
 
 
 def probe(

@@ -19,11 +19,11 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import KohyaError, StepFailed, UsageError
-from kohya_mps.core.files import write
-from kohya_mps.core.installation import STATE, Home, check_place
-from kohya_mps.core.process import Finished, capture, scrubbed, stream
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.installation import STATE, Installation, check_location
+from kohya_mps.core.process import ProcessResult, capture, clean_environ, stream
 from kohya_mps.core.report import Check, Report, Status, say
-from kohya_mps.core.run_lock import check_unused, held
+from kohya_mps.core.run_lock import check_unused, exclusive_lock
 from kohya_mps.core.settings import GUI_PRESETS, Settings, without_secret
 
 SUBMODULE = "sd-scripts"
@@ -38,7 +38,7 @@ class Commits(msgspec.Struct, frozen=True):
     sd_scripts: str
 
 
-def bring(settings: Settings, *, stash: bool = False) -> Commits:
+def ensure_checkout(settings: Settings, *, stash: bool = False) -> Commits:
     """Make the checkout stand at the pinned commit, whatever state it is found in.
 
     Args:
@@ -50,7 +50,7 @@ def bring(settings: Settings, *, stash: bool = False) -> Commits:
         Busy: the checkout stands elsewhere, and a training runs from it.
         StepFailed: the repository cannot be reached, or git failed.
     """
-    home = Home(settings.home)
+    home = Installation(settings.home)
     kohya_ss = _Tree(home, home.root, settings, lambda: settings.url)
     sd_scripts = _Tree(home, home.sd_scripts, settings, lambda: _submodule_url(home))
     for tree in (kohya_ss, sd_scripts):
@@ -63,10 +63,10 @@ def bring(settings: Settings, *, stash: bool = False) -> Commits:
 
 def clone(settings: Settings, *, stash: bool = False) -> Report:
     """``invoke clone``: bring the checkout to its commit, and say what stands where."""
-    home = Home(settings.home)
-    check_place(home)
-    with held(home):
-        commits = bring(settings, stash=stash)
+    home = Installation(settings.home)
+    check_location(home)
+    with exclusive_lock(home):
+        commits = ensure_checkout(settings, stash=stash)
     checks = (
         Check("kohya_ss", Status.PASS, f"{commits.kohya_ss} in {settings.home}"),
         Check(SUBMODULE, Status.PASS, commits.sd_scripts),
@@ -74,7 +74,7 @@ def clone(settings: Settings, *, stash: bool = False) -> Report:
     return Report("Checkout", checks, {"commits": commits, "home": str(settings.home)})
 
 
-def present(home: Home) -> Commits | None:
+def present(home: Installation) -> Commits | None:
     """The commits that stand in the home now; nothing when there is no usable checkout."""
     heads = []
     for tree in (home.root, home.sd_scripts):
@@ -96,12 +96,12 @@ def _status(path: Path, *flags: str) -> list[str]:
     return [entry[3:] for entry in _git(path, "status", *how, *flags).split("\0") if entry]
 
 
-def made_here(home: Home) -> bool:
+def made_here(home: Installation) -> bool:
     """Whether this project made the checkout; one that was there before is the user's."""
     return (home.state / MADE_HERE).exists()
 
 
-def belongings(home: Home) -> list[str]:
+def user_files(home: Installation) -> list[str]:
     """What a checkout holds besides the commit's own files: the user's, as far as can be told.
 
     Changed files, files that git does not track (models, outputs, datasets, ignored ones
@@ -135,12 +135,12 @@ def _our_preset(path: Path) -> bool:
     return path.is_symlink() and path.resolve().parent == GUI_PRESETS
 
 
-def interrupted(home: Home) -> bool:
+def was_interrupted(home: Installation) -> bool:
     """Whether a run was killed while it changed the checkout."""
     return any(home.state.glob("moving-*.json"))
 
 
-def gitlink(home: Home, commit: str) -> str:
+def gitlink(home: Installation, commit: str) -> str:
     """The commit of sd-scripts that a commit of kohya_ss names."""
     entry = _git(home.root, "ls-tree", commit, "--", SUBMODULE).split()
     if len(entry) < 3 or entry[1] != "commit":
@@ -151,7 +151,7 @@ def gitlink(home: Home, commit: str) -> str:
     return entry[2]
 
 
-def _submodule_url(home: Home) -> str:
+def _submodule_url(home: Installation) -> str:
     """What git itself makes of the address in .gitmodules, relative ones included."""
     _git(home.root, "submodule", "--quiet", "init", "--", SUBMODULE)
     _git(home.root, "submodule", "--quiet", "sync", "--", SUBMODULE)
@@ -183,14 +183,14 @@ class _Damaged(Exception):
 class _Tree:
     """One working tree on its way to a commit."""
 
-    def __init__(self, home: Home, path: Path, settings: Settings, url: Callable[[], str]) -> None:
+    def __init__(self, home: Installation, path: Path, settings: Settings, url: Callable[[], str]) -> None:
         self.home = home
         self.path = path
         self.stall_seconds = settings.network_stall_seconds
         self.url = url
         self.is_submodule = path == home.sd_scripts
         self.made_here = home.state / MADE_HERE
-        self.record = home.state / "moving-sd-scripts.json" if self.is_submodule else home.moving
+        self.record = home.state / "moving-sd-scripts.json" if self.is_submodule else home.checkout_move
 
     def mend_config(self) -> None:
         """Set a configuration aside that git cannot read: it stops all of git, around a submodule, too."""
@@ -223,7 +223,7 @@ class _Tree:
         known = exclude.read_bytes() if exclude.exists() else b""
         if pattern.encode() not in known.splitlines():
             exclude.parent.mkdir(exist_ok=True)
-            write(exclude, known.rstrip() + f"\n{pattern}\n".encode())
+            write_atomic(exclude, known.rstrip() + f"\n{pattern}\n".encode())
 
     def _begin(self, commit: str) -> None:
         strangers = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
@@ -235,11 +235,11 @@ class _Tree:
         self.path.mkdir(parents=True, exist_ok=True)
         self._note(_Stage.FETCH, "", commit)
         if not self.is_submodule:
-            write(self.made_here, b"")
+            write_atomic(self.made_here, b"")
         self._git("init", "--quiet")
 
     def _note(self, stage: _Stage, came_from: str, goes_to: str) -> None:
-        write(self.record, msgspec.json.encode(_Move(stage, came_from, goes_to)))
+        write_atomic(self.record, msgspec.json.encode(_Move(stage, came_from, goes_to)))
 
     def _recorded(self) -> _Move | None:
         try:
@@ -368,7 +368,7 @@ class _Tree:
                 "check KOHYA_COMMIT and KOHYA_REPO_URL: is it in that repository?",
             )
 
-    def _download(self, *arguments: str) -> Finished:
+    def _download(self, *arguments: str) -> ProcessResult:
         # A submodule's address comes from the repository, not from the user: git's own
         # protocol.*.allow rules for such addresses apply (GIT_PROTOCOL_FROM_USER).
         theirs = {"GIT_PROTOCOL_FROM_USER": "0"} if self.is_submodule else {}
@@ -387,7 +387,7 @@ class _Tree:
             stall_seconds=self.stall_seconds,
         )
 
-    def _unreachable(self, url: str, finished: Finished) -> StepFailed:
+    def _unreachable(self, url: str, finished: ProcessResult) -> StepFailed:
         _check_room(finished.tail)
         reason = (
             f"it sent nothing for {self.stall_seconds:g} seconds" if finished.stalled else finished.last_line
@@ -514,7 +514,7 @@ def _environment(path: Path) -> dict[str, str]:
     """Git asks for no password in the middle of a set-up, answers in the language that is
     read here, never takes a repository further up for the one in ``path``, and does not
     lock the index only to look: killed then, it would leave the lock behind."""
-    return scrubbed(
+    return clean_environ(
         extra={
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_OPTIONAL_LOCKS": "0",

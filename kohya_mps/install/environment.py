@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import write
-from kohya_mps.core.installation import Home, check_place
-from kohya_mps.core.machine import machine_wanted, on_mac
-from kohya_mps.core.process import capture, scrubbed, stream, uv
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.installation import Installation, check_location
+from kohya_mps.core.machine import expected_architecture, on_mac
+from kohya_mps.core.process import capture, clean_environ, stream, uv
 from kohya_mps.core.report import Check, Report, Status, say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import ROOT, Profile, Settings
 
 from . import generations, inventory, lockfile, package_index
@@ -55,12 +55,12 @@ def plan(settings: Settings, *, gui: bool | None = None) -> Plan:
         gui: with kohya's web page, or without it; when not given, as in the active generation, or the last one that was.
     """
     if gui is None:
-        latest = generations.latest(Home(settings.home))
+        latest = generations.latest(Installation(settings.home))
         gui = latest is not None and latest.has_gui()
     lock = lockfile.read(settings.profile.lock_for(gui=gui))
     changed: Generation | None = None
     differences: tuple[inventory.Difference, ...] = ()
-    for generation in generations.present(Home(settings.home)):
+    for generation in generations.present(Installation(settings.home)):
         manifest = generation.manifest()
         if manifest is None or manifest.lock != lock.digest or manifest.profile != settings.profile_name:
             continue
@@ -72,21 +72,21 @@ def plan(settings: Settings, *, gui: bool | None = None) -> Plan:
     return Plan(lock, gui, None, changed, differences)
 
 
-def renew(settings: Settings) -> Report:
+def rebuild(settings: Settings) -> Report:
     """``nox -s venv``: build the environment and make it the active one.
 
     Without checkout and verification; the configuration is that of the one before it.
     """
-    home = Home(settings.home)
-    check_place(home)
+    home = Installation(settings.home)
+    check_location(home)
     planned = plan(settings)
-    with held(home):
-        generations.make_way(home, replace=False)
+    with exclusive_lock(home):
+        generations.set_aside_foreign_venv(home, replace=False)
         generation, before = build(settings, planned), generations.active(home)
         if before and before.accelerate_config.exists() and not generation.accelerate_config.exists():
-            write(generation.accelerate_config, before.accelerate_config.read_bytes())
+            write_atomic(generation.accelerate_config, before.accelerate_config.read_bytes())
         generations.activate(home, generation)
-        gone = generations.collect(home, settings.generations_kept)
+        gone = generations.prune(home, settings.generations_kept)
     how = "in place" if generation == planned.usable else "built"
     built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
     collected = Check(
@@ -105,7 +105,7 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
         UsageError: no fitting Python, too little disk, an unreadable lock.
         StepFailed: uv could not install the lock.
     """
-    home, planned = Home(settings.home), planned or plan(settings)
+    home, planned = Installation(settings.home), planned or plan(settings)
     if planned.usable:
         return planned.usable
     if planned.changed:
@@ -179,7 +179,7 @@ def sync(venv: Path, lock: lockfile.Lock, reinstall: tuple[str, ...] = ()) -> No
         str(lock.path),
     ]
     # Not in the checkout: its pyproject.toml would configure uv.
-    environ = scrubbed(extra=package_index.for_uv())
+    environ = clean_environ(extra=package_index.for_uv())
     if capture([*command, "--offline"], cwd=ROOT, env=environ).returncode == 0:
         return
     done = stream(command, cwd=ROOT, env=environ)
@@ -229,7 +229,7 @@ def find_python(profile: Profile) -> Interpreter:
         platform.python_version(),
         platform.machine(),
     )
-    if own.version.startswith(f"{profile.python}.") and own.machine == machine_wanted():
+    if own.version.startswith(f"{profile.python}.") and own.machine == expected_architecture():
         return own
     request = f"cpython-{profile.python}-macos-aarch64-none" if on_mac() else profile.python
     found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
@@ -255,7 +255,7 @@ def find_python(profile: Profile) -> Interpreter:
     return Interpreter(path, version, machine)
 
 
-def check_disk(home: Home, profile: Profile) -> None:
+def check_disk(home: Installation, profile: Profile) -> None:
     """Refuse to begin what cannot end well.
 
     Raises:
@@ -273,7 +273,7 @@ def check_disk(home: Home, profile: Profile) -> None:
         )
 
 
-def _fresh(home: Home, settings: Settings, planned: Plan, interpreter: Interpreter) -> Generation:
+def _fresh(home: Installation, settings: Settings, planned: Plan, interpreter: Interpreter) -> Generation:
     """An unused directory, named after what goes into it; an interrupted build in it is removed."""
     what = "\0".join(
         (

@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import link, write
-from kohya_mps.core.installation import Home
+from kohya_mps.core.files import link_atomic, write_atomic
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import running_from
 from kohya_mps.core.report import say
 
@@ -76,7 +76,7 @@ class Generation(msgspec.Struct, frozen=True):
         return self.path / "manifest.json"
 
     @property
-    def _turn(self) -> Path:
+    def _activation_file(self) -> Path:
         return self.path / "turn"
 
     def manifest(self) -> Manifest | None:
@@ -93,25 +93,27 @@ class Generation(msgspec.Struct, frozen=True):
 
     def complete(self, manifest: Manifest) -> None:
         """Declare the build finished: the last thing written."""
-        write(self._manifest, msgspec.json.encode(manifest))
+        write_atomic(self._manifest, msgspec.json.encode(manifest))
 
-    def turn(self) -> int:
+    def activation_number(self) -> int:
         """A number that grows with each activation; 0 when it was never active."""
         try:
-            return int(self._turn.read_text(encoding="ascii"))
+            return int(self._activation_file.read_text(encoding="ascii"))
         except (OSError, ValueError):
             return 0
 
 
-def present(home: Home) -> list[Generation]:
+def present(home: Installation) -> list[Generation]:
     """All generations of a home, the latest active one first, interrupted builds last."""
     if not home.generations.is_dir():
         return []
     found = [Generation(path) for path in sorted(home.generations.iterdir()) if path.is_dir()]
-    return sorted(found, key=lambda generation: (generation.manifest() is None, -generation.turn()))
+    return sorted(
+        found, key=lambda generation: (generation.manifest() is None, -generation.activation_number())
+    )
 
 
-def linked(home: Home) -> Generation | None:
+def linked(home: Installation) -> Generation | None:
     """The generation that ``venv`` links to, whatever state it is in."""
     if not home.venv.is_symlink():
         return None
@@ -119,29 +121,29 @@ def linked(home: Home) -> Generation | None:
     return Generation(target.parent) if target.parent.parent == home.generations else None
 
 
-def active(home: Home) -> Generation | None:
+def active(home: Installation) -> Generation | None:
     """The generation that ``venv`` links to, if it is complete."""
     generation = linked(home)
     return generation if generation and generation.manifest() else None
 
 
-def latest(home: Home) -> Generation | None:
+def latest(home: Installation) -> Generation | None:
     """The complete generation that is active or was the last to be."""
-    return next((g for g in _complete(home) if g.turn()), None)
+    return next((g for g in _complete(home) if g.activation_number()), None)
 
 
-def previous(home: Home) -> Generation | None:
+def previous(home: Installation) -> Generation | None:
     """The generation that was active before the active one."""
     now = active(home)
-    return next((g for g in _complete(home) if g.turn() and g != now), None)
+    return next((g for g in _complete(home) if g.activation_number() and g != now), None)
 
 
-def foreign_venv(home: Home) -> bool:
+def foreign_venv(home: Installation) -> bool:
     """Whether ``venv`` is something that this project did not put there."""
     return os.path.lexists(home.venv) and linked(home) is None
 
 
-def make_way(home: Home, *, replace: bool) -> None:
+def set_aside_foreign_venv(home: Installation, *, replace: bool) -> None:
     """Move an environment that somebody else made aside when asked; it is never touched otherwise.
 
     Raises:
@@ -159,7 +161,7 @@ def make_way(home: Home, *, replace: bool) -> None:
     say(f"      moved {home.venv} to {aside}")
 
 
-def activate(home: Home, generation: Generation) -> None:
+def activate(home: Installation, generation: Generation) -> None:
     """Make a complete generation the active one.
 
     Raises:
@@ -167,13 +169,13 @@ def activate(home: Home, generation: Generation) -> None:
     """
     if generation.manifest() is None:
         raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
-    if active(home) != generation or not generation.turn():
-        turns = [g.turn() for g in present(home)]
-        write(generation._turn, str(max(turns, default=0) + 1).encode())
-        link(home.venv, generation.venv)
+    if active(home) != generation or not generation.activation_number():
+        turns = [g.activation_number() for g in present(home)]
+        write_atomic(generation._activation_file, str(max(turns, default=0) + 1).encode())
+        link_atomic(home.venv, generation.venv)
 
 
-def collect(home: Home, keep: int) -> list[str]:
+def prune(home: Installation, keep: int) -> list[str]:
     """Remove interrupted builds and all but the newest ``keep`` generations.
 
     Never the active one, nor the one before it while two or more are kept, nor one that a
@@ -185,7 +187,7 @@ def collect(home: Home, keep: int) -> list[str]:
     """
     now = linked(home)
     made_of = _origin(now) if now else None
-    complete = [g for g in _complete(home) if g != now and g.turn() and _origin(g) != made_of]
+    complete = [g for g in _complete(home) if g != now and g.activation_number() and _origin(g) != made_of]
     kept = [*([now] if now else []), *complete[: max(keep - 1, 0)]]
     gone = []
     for generation in present(home):
@@ -205,7 +207,7 @@ def discard(generation: Generation) -> None:
     shutil.rmtree(generation.path)
 
 
-def _complete(home: Home) -> Iterator[Generation]:
+def _complete(home: Installation) -> Iterator[Generation]:
     return (g for g in present(home) if g.manifest() is not None)
 
 

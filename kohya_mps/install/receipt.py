@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from kohya_mps.core.files import write
+from kohya_mps.core.files import write_atomic
 from kohya_mps.core.report import Check, Report
 
 from . import accelerate_config, lockfile
@@ -81,7 +81,7 @@ def read(generation: Generation) -> Receipt | None:
 
 def save(generation: Generation, receipt: Receipt) -> None:
     """Write the receipt beside the environment that it speaks of."""
-    write(generation.receipt, msgspec.json.format(msgspec.json.encode(receipt)))
+    write_atomic(generation.receipt, msgspec.json.format(msgspec.json.encode(receipt)))
 
 
 def config_digest(generation: Generation) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.core.installation import Home, check_place
+from kohya_mps.core.installation import Installation, check_location
 from kohya_mps.core.report import Check, Report, Status
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 
 from . import accelerate_config, checkout, generations, inventory, receipt, status
@@ -24,13 +24,13 @@ def rollback(settings: Settings, to: str = "") -> Report:
         settings: the home.
         to: a generation's name; the one that was active before when empty.
     """
-    home = Home(settings.home)
-    check_place(home)
-    with held(home):
+    home = Installation(settings.home)
+    check_location(home)
+    with exclusive_lock(home):
         target = _target(home, to)
         known = receipt.read(target)
         if known and known.commits:
-            checkout.bring(msgspec.structs.replace(settings, commit=known.commits.kohya_ss))
+            checkout.ensure_checkout(msgspec.structs.replace(settings, commit=known.commits.kohya_ss))
         if target.accelerate_config.exists():
             default = accelerate_config.write_default(target)
         else:
@@ -49,7 +49,7 @@ def rollback(settings: Settings, to: str = "") -> Report:
 
 def choices(settings: Settings) -> Report:
     """``invoke rollback --list``: the generations, and the commit that each was verified with."""
-    home = Home(settings.home)
+    home = Installation(settings.home)
     rows = []
     for row in status.listed(home):
         if row.complete:
@@ -62,7 +62,7 @@ def choices(settings: Settings) -> Report:
     return Report(f"Generations of {home.root}", tuple(rows), {"generations": status.listed(home)})
 
 
-def _target(home: Home, to: str) -> Generation:
+def _target(home: Installation, to: str) -> Generation:
     target = Generation(home.generations / to) if to else generations.previous(home)
     if target is None:
         raise UsageError(

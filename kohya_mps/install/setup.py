@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from kohya_mps.core.errors import KohyaError, StepFailed, UsageError
-from kohya_mps.core.installation import Home, check_place
-from kohya_mps.core.machine import expected_device, machine_wanted, on_mac
+from kohya_mps.core.installation import Installation, check_location
+from kohya_mps.core.machine import expected_architecture, expected_device, on_mac
 from kohya_mps.core.process import capture
 from kohya_mps.core.report import Check, Report, Status, say
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings, without_secret
 
 from . import accelerate_config, checkout, environment, generations, receipt, smoke_check, training_step
-from .accelerate_config import Layout
+from .accelerate_config import ProcessLayout
 from .checkout import Commits
 from .environment import Plan
 from .generations import Generation
 from .receipt import Receipt, Verdict
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class SetupOptions(msgspec.Struct, frozen=True):
     """What ``invoke setup`` was asked for besides the settings.
 
     ``gui`` is whether kohya's web page is to be installed; when not said, it stays as it is.
@@ -42,7 +42,7 @@ class Wanted(msgspec.Struct, frozen=True):
     replace_venv: bool = False
     gui: bool | None = None
 
-    def with_page(self, gui: bool, no_gui: bool) -> Wanted:
+    def with_gui(self, gui: bool, no_gui: bool) -> SetupOptions:
         """The same, and what ``--gui`` and ``--no-gui`` say of the web page.
 
         Raises:
@@ -83,35 +83,37 @@ class _Steps:
         self.checks.append(Check(name, Status.SKIP, why))
 
 
-def setup(settings: Settings, wanted: Wanted) -> Report:
+def setup(settings: Settings, wanted: SetupOptions) -> Report:
     """Bring the installation to what the settings say, from whatever state it is in.
 
     Raises:
         UsageError: the place or the settings cannot be meant.
         Busy: another run holds this installation.
     """
-    home = Home(settings.home)
-    check_place(home)
+    home = Installation(settings.home)
+    check_location(home)
     accelerate_config.check_precision(settings)
     planned = environment.plan(settings, gui=wanted.gui)
     ready = check_machine(settings, planned)
     if ready.status is Status.FAIL:
         return Report("Setup", (ready,), {"home": str(home.root), "device": None})
-    with held(home):
+    with exclusive_lock(home):
         return _setup(settings, wanted, home, planned, ready)
 
 
-def _setup(settings: Settings, wanted: Wanted, home: Home, planned: Plan, ready: Check) -> Report:
+def _setup(
+    settings: Settings, wanted: SetupOptions, home: Installation, planned: Plan, ready: Check
+) -> Report:
     steps = _Steps(total=6)
     with steps.step("machine") as tell:
         tell(ready.status, ready.detail, ready.fix)
-        generations.make_way(home, replace=wanted.replace_venv)
+        generations.set_aside_foreign_venv(home, replace=wanted.replace_venv)
     if steps.checks[-1].status is Status.FAIL:
         return Report("Setup", tuple(steps.checks), {"home": str(home.root), "device": None})
     commits: Commits | None = None
     with steps.step("checkout") as tell:
         before = checkout.present(home)
-        commits = checkout.bring(settings, stash=wanted.stash)
+        commits = checkout.ensure_checkout(settings, stash=wanted.stash)
         tell(
             Status.PASS,
             f"kohya_ss {commits.kohya_ss[:12]} {'in place' if commits == before else 'checked out'}",
@@ -129,7 +131,7 @@ def _setup(settings: Settings, wanted: Wanted, home: Home, planned: Plan, ready:
     if generation is None:
         for name in ("configuration", "smoke check", "training step"):
             steps.skip(name, "there is no environment")
-        return _conclude(settings, home, steps, None, None)
+        return _summarize(settings, home, steps, None, None)
     with steps.step("configuration") as tell:
         configured = accelerate_config.configure(settings, generation, replace_default=wanted.replace_default)
         row = max(configured.checks, key=lambda check: check.status is not Status.PASS)
@@ -142,8 +144,8 @@ def _setup(settings: Settings, wanted: Wanted, home: Home, planned: Plan, ready:
     record = _record(settings, generation, commits, smoked, trained, steps)
     if known is None or _without_times(known) != _without_times(record):
         receipt.save(generation, record)
-    generations.collect(home, settings.generations_kept)
-    return _conclude(settings, home, steps, generation, record)
+    generations.prune(home, settings.generations_kept)
+    return _summarize(settings, home, steps, generation, record)
 
 
 def verify(settings: Settings, *, full: bool = False) -> Report:
@@ -153,12 +155,14 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
         settings: the home and the profile.
         full: train a model of Stable Diffusion 1.5's full size.
     """
-    home = Home(settings.home)
+    home = Installation(settings.home)
     generation = installed(home, settings.profile_name)
-    with held(home):
+    with exclusive_lock(home):
         smoked = smoke_check.run(settings, generation)
         commits = checkout.present(home)
-        options = training_step.Options(full=full and commits is not None, builtin=commits is None)
+        options = training_step.TrainingStepOptions(
+            full=full and commits is not None, builtin=commits is None
+        )
         trained = training_step.run(settings, generation, home.root, home.verification, options)
         if known := receipt.read(generation):
             verdicts = {"smoke": receipt.verdict(smoked), "train_step": receipt.verdict(trained)}
@@ -167,7 +171,7 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
     return Report(f"Verification of {home.root}", (*smoked.checks, *trained.checks), extra)
 
 
-def reconfigure(settings: Settings, replace_default: bool, layout: Layout | None = None) -> Report:
+def configure(settings: Settings, replace_default: bool, layout: ProcessLayout | None = None) -> Report:
     """``invoke configure``: write the configuration anew; verdicts on another one no longer hold.
 
     Args:
@@ -175,12 +179,12 @@ def reconfigure(settings: Settings, replace_default: bool, layout: Layout | None
         replace_default: back up somebody else's default configuration and replace it.
         layout: how trainings are spread; as it was when not given.
     """
-    home = Home(settings.home)
+    home = Installation(settings.home)
     generation = installed(home, settings.profile_name)
-    with held(home):
+    with exclusive_lock(home):
         report = accelerate_config.configure(settings, generation, replace_default=replace_default)
         if layout:
-            report = report.plus([accelerate_config.spread(settings, generation, layout)])
+            report = report.plus([accelerate_config.configure_distributed(settings, generation, layout)])
         known = receipt.read(generation)
         if known and (changed := _reconfigured(settings, generation, known)) != known:
             receipt.save(generation, changed)
@@ -200,7 +204,7 @@ def _reconfigured(settings: Settings, generation: Generation, known: Receipt) ->
     )
 
 
-def installed(home: Home, profile: str = "") -> Generation:
+def installed(home: Installation, profile: str = "") -> Generation:
     """The active generation.
 
     Args:
@@ -211,7 +215,7 @@ def installed(home: Home, profile: str = "") -> Generation:
         UsageError: nothing is installed in this home, it is of another profile, or others
             can write to it.
     """
-    check_place(home)
+    check_location(home)
     generation = generations.active(home)
     manifest = generation.manifest() if generation else None
     if generation is None or manifest is None:
@@ -227,7 +231,7 @@ def installed(home: Home, profile: str = "") -> Generation:
 def check_machine(settings: Settings, planned: Plan) -> Check:
     """What has to be there before anything is touched: architecture, git, Python and disk."""
     name = "machine"
-    machine, wanted = platform.machine(), machine_wanted()
+    machine, wanted = platform.machine(), expected_architecture()
     if machine != wanted:
         what = (
             "this Python runs under Rosetta, or this is an Intel Mac"
@@ -249,7 +253,7 @@ def check_machine(settings: Settings, planned: Plan) -> Check:
         try:
             environment.find_python(settings.profile)
             if planned.changed is None:
-                environment.check_disk(Home(settings.home), settings.profile)
+                environment.check_disk(Installation(settings.home), settings.profile)
         except KohyaError as error:
             return Check(name, Status.FAIL, error.what, error.fix)
     return Check(
@@ -260,7 +264,7 @@ def check_machine(settings: Settings, planned: Plan) -> Check:
 
 
 def _smoke(
-    settings: Settings, wanted: Wanted, steps: _Steps, generation: Generation, known: Receipt | None
+    settings: Settings, wanted: SetupOptions, steps: _Steps, generation: Generation, known: Receipt | None
 ) -> Verdict | None:
     if not wanted.smoke:
         steps.skip("smoke check", "not asked for")
@@ -285,10 +289,10 @@ def _smoke(
 
 def _train(
     settings: Settings,
-    wanted: Wanted,
+    wanted: SetupOptions,
     steps: _Steps,
     generation: Generation,
-    home: Home,
+    home: Installation,
     commits: Commits | None,
     known: Receipt | None,
 ) -> Verdict | None:
@@ -301,7 +305,7 @@ def _train(
         return done
     outcome: Verdict | None = None
     with steps.step("training step") as tell:
-        options = training_step.Options(builtin=commits is None)
+        options = training_step.TrainingStepOptions(builtin=commits is None)
         result = training_step.run(settings, generation, home.root, home.verification, options)
         outcome = receipt.verdict(result)
         bad = [check for check in result.checks if check.status is Status.FAIL]
@@ -356,8 +360,12 @@ def _without_times(record: Receipt) -> Receipt:
     return msgspec.structs.replace(record, seconds={}, written="")
 
 
-def _conclude(
-    settings: Settings, home: Home, steps: _Steps, generation: Generation | None, record: Receipt | None
+def _summarize(
+    settings: Settings,
+    home: Installation,
+    steps: _Steps,
+    generation: Generation | None,
+    record: Receipt | None,
 ) -> Report:
     trained = record.train_step if record else None
     active = generations.active(home)
@@ -382,7 +390,7 @@ def _conclude(
 
 
 def _next(
-    report: Report, home: Home, trained: Verdict | None, generation: Generation | None
+    report: Report, home: Installation, trained: Verdict | None, generation: Generation | None
 ) -> tuple[str, ...]:
     """What to type next."""
     if not report.ok:

@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Check, Report, Status
-from kohya_mps.core.run_lock import running
+from kohya_mps.core.run_lock import holder_pid
 from kohya_mps.core.settings import Settings
 
 from . import accelerate_config, checkout, generations, inventory, lockfile, receipt
@@ -32,7 +32,7 @@ class Listed(msgspec.Struct, frozen=True):
 
 def status(settings: Settings) -> Report:
     """Everything that differs from the receipt, each with the command that repairs it."""
-    home = Home(settings.home)
+    home = Installation(settings.home)
     active = generations.active(home)
     known = receipt.read(active) if active else None
     checks = [
@@ -55,7 +55,7 @@ def status(settings: Settings) -> Report:
     )
 
 
-def listed(home: Home) -> list[Listed]:
+def listed(home: Installation) -> list[Listed]:
     """The generations of a home, the active one first."""
     active = generations.active(home)
     rows = []
@@ -70,14 +70,14 @@ def listed(home: Home) -> list[Listed]:
     return sorted(rows, key=lambda row: not row.active)
 
 
-def _run_in_progress(home: Home) -> list[Check]:
-    pid = running(home)
+def _run_in_progress(home: Installation) -> list[Check]:
+    pid = holder_pid(home)
     if pid is None:
         return []
     return [Check("run in progress", Status.WARN, f"process {pid} is at work here; what follows may change")]
 
 
-def _checkout(home: Home, settings: Settings, known: Receipt | None) -> list[Check]:
+def _checkout(home: Installation, settings: Settings, known: Receipt | None) -> list[Check]:
     present = checkout.present(home)
     if present is None:
         return [Check("checkout", Status.FAIL, f"there is none in {home.root}", "`invoke setup` brings it")]
@@ -103,7 +103,7 @@ def _commit(name: str, found: str, wanted: str) -> Check:
     return Check.of(name, found == wanted, detail, "`invoke clone` brings it back")
 
 
-def _environment(home: Home, settings: Settings, active: Generation | None) -> list[Check]:
+def _environment(home: Installation, settings: Settings, active: Generation | None) -> list[Check]:
     name = "environment"
     if generations.foreign_venv(home):
         fix = "`invoke setup --replace-venv` moves it aside and builds ours"
@@ -145,13 +145,13 @@ def _configuration(active: Generation, known: Receipt | None) -> list[Check]:
     return rows
 
 
-def _interrupted(home: Home) -> list[Check]:
+def _interrupted(home: Installation) -> list[Check]:
     rows = [
         Check(f"build {generation.name}", Status.WARN, "was interrupted", "`invoke setup` removes it")
         for generation in generations.present(home)
-        if generation.manifest() is None and running(home) is None
+        if generation.manifest() is None and holder_pid(home) is None
     ]
-    if checkout.interrupted(home) and running(home) is None:
+    if checkout.was_interrupted(home) and holder_pid(home) is None:
         rows.append(
             Check(
                 "checkout",

@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import write
+from kohya_mps.core.files import write_atomic
 from kohya_mps.core.machine import expected_device
-from kohya_mps.core.process import Finished, stream
+from kohya_mps.core.process import ProcessResult, stream
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.known_failures import log_search
@@ -55,7 +55,7 @@ NETWORKS = {
 LEARNING_RATES = {"Prodigy": "1.0"}
 
 
-class Options(msgspec.Struct, frozen=True):
+class TrainingStepOptions(msgspec.Struct, frozen=True):
     """What is trained: ``network`` is a key of :data:`NETWORKS`, ``optimizer`` a name sd-scripts knows."""
 
     network: str = "lora"
@@ -71,7 +71,7 @@ class Options(msgspec.Struct, frozen=True):
             raise UsageError("the built-in step trains the small model only", "leave out --full or --builtin")
 
 
-class Inspection(msgspec.Struct, frozen=True):
+class TrainedLora(msgspec.Struct, frozen=True):
     """What a training left behind.
 
     ``losses`` one per step, ``tensors`` in the saved LoRA, ``zero_start`` how many of them
@@ -87,7 +87,11 @@ class Inspection(msgspec.Struct, frozen=True):
 
 
 def run(
-    settings: Settings, generation: Generation, checkout: Path | None, work: Path, options: Options
+    settings: Settings,
+    generation: Generation,
+    checkout: Path | None,
+    work: Path,
+    options: TrainingStepOptions,
 ) -> Report:
     """Train a few steps and judge them.
 
@@ -131,7 +135,7 @@ def _progress_only(piece: bytes) -> None:
         sys.stderr.buffer.flush()
 
 
-def what_ran(options: Options) -> str:
+def what_ran(options: TrainingStepOptions) -> str:
     """One phrase for the report: which trainer, what it trained, and on what."""
     trainer = (
         "the built-in step (kohya's trainer was not run)" if options.builtin else "kohya's train_network.py"
@@ -162,7 +166,7 @@ def prepare_model(generation: Generation, work: Path, family: str, size: str) ->
     digests = {
         str(path.relative_to(unfinished)): digest(path) for path in unfinished.rglob("*") if path.is_file()
     }
-    write(unfinished / _DIGESTS, msgspec.json.encode(digests))
+    write_atomic(unfinished / _DIGESTS, msgspec.json.encode(digests))
     unfinished.rename(model)
     return model
 
@@ -177,7 +181,12 @@ def _is_whole(model: Path) -> bool:
 
 
 def trainer_command(
-    settings: Settings, generation: Generation, checkout: Path, model: Path, output: Path, options: Options
+    settings: Settings,
+    generation: Generation,
+    checkout: Path,
+    model: Path,
+    output: Path,
+    options: TrainingStepOptions,
 ) -> tuple[list[str], Path]:
     """The command that starts the real trainer, and the directory it starts in."""
     place = checkout / "sd-scripts"
@@ -188,7 +197,7 @@ def trainer_command(
     return accelerate_launch.argv(generation, *trainer, *arguments), place
 
 
-def trainer_arguments(precision: str, model: Path, output: Path, options: Options) -> list[str]:
+def trainer_arguments(precision: str, model: Path, output: Path, options: TrainingStepOptions) -> list[str]:
     """What sd-scripts' trainer is told; of an option that is repeated it takes the last."""
     return [
         *("--pretrained_model_name_or_path", str(model / "model")),
@@ -207,7 +216,9 @@ def trainer_arguments(precision: str, model: Path, output: Path, options: Option
     ]
 
 
-def builtin_command(generation: Generation, model: Path, output: Path, options: Options) -> list[str]:
+def builtin_command(
+    generation: Generation, model: Path, output: Path, options: TrainingStepOptions
+) -> list[str]:
     """The command that starts the probe which trains without kohya_ss."""
     return accelerate_launch.argv(
         generation,
@@ -217,12 +228,14 @@ def builtin_command(generation: Generation, model: Path, output: Path, options: 
     )
 
 
-def judge(generation: Generation, finished: Finished, output: Path, log: Path, options: Options) -> Report:
+def judge(
+    generation: Generation, finished: ProcessResult, output: Path, log: Path, options: TrainingStepOptions
+) -> Report:
     """The verdict on a training that ended, each condition a check of its own."""
     what = what_ran(options)
     title = f"Training step: {what}"
     if finished.returncode:
-        log_search.tell(finished.tail)
+        log_search.print_known_failures(finished.tail)
         ended = Check(
             "trainer",
             Status.FAIL,
@@ -274,7 +287,7 @@ def judge(generation: Generation, finished: Finished, output: Path, log: Path, o
     )
 
 
-def inspect(generation: Generation, output: Path, options: Options) -> Inspection:
+def inspect(generation: Generation, output: Path, options: TrainingStepOptions) -> TrainedLora:
     """Losses and LoRA of a finished run, read in the trainer's environment.
 
     Raises:
@@ -291,7 +304,7 @@ def inspect(generation: Generation, output: Path, options: Options) -> Inspectio
         )
     except accelerate_launch.ProbeFailed as error:
         raise StepFailed(f"the trainer ended well but its LoRA or its log cannot be read: {error}") from error
-    return msgspec.json.decode(printed, type=Inspection)
+    return msgspec.json.decode(printed, type=TrainedLora)
 
 
 def named_device(log: Path) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import STATE, Home
+from kohya_mps.core.installation import STATE, Installation
 from kohya_mps.core.report import Check, Report, Status, say
-from kohya_mps.core.run_lock import check_unused, held
+from kohya_mps.core.run_lock import check_unused, exclusive_lock
 from kohya_mps.core.settings import Settings
 
 from . import accelerate_config, checkout, generations, receipt
@@ -20,7 +20,7 @@ from . import accelerate_config, checkout, generations, receipt
 class Plan(msgspec.Struct, frozen=True):
     """What would go, what would be restored and what stays.
 
-    ``belongings`` are the user's things inside the checkout; while there are any, the
+    ``user_files`` are the user's things inside the checkout; while there are any, the
     checkout stays unless they were given up explicitly.
     """
 
@@ -28,7 +28,7 @@ class Plan(msgspec.Struct, frozen=True):
     defaults: tuple[Path, ...]
     backups: tuple[Path, ...]
     remove_checkout: bool
-    belongings: tuple[str, ...]
+    user_files: tuple[str, ...]
 
 
 def uninstall(settings: Settings, *, yes: bool = False, delete_my_files: bool = False) -> Report:
@@ -43,11 +43,11 @@ def uninstall(settings: Settings, *, yes: bool = False, delete_my_files: bool = 
         UsageError: nobody can be asked and ``yes`` was not given.
         Busy: a training runs from it.
     """
-    home = Home(settings.home)
+    home = Installation(settings.home)
     if not home.state.is_dir():
         nothing = Check("installation", Status.SKIP, f"there is none in {home.root}")
         return Report(f"Removal of {home.root}", (nothing,))
-    with held(home):
+    with exclusive_lock(home):
         check_unused(home, "remove it under it")
         planned = plan(home, delete_my_files)
         for line in describe(home, planned):
@@ -58,13 +58,13 @@ def uninstall(settings: Settings, *, yes: bool = False, delete_my_files: bool = 
     return Report(f"Removal of {home.root}", tuple(rows), {"home": str(home.root)})
 
 
-def plan(home: Home, delete_my_files: bool) -> Plan:
+def plan(home: Installation, delete_my_files: bool) -> Plan:
     """Look at what is there; nothing is changed."""
     receipts = [receipt.read(generation) for generation in generations.present(home)]
     places = {Path(known.default_config_path) for known in receipts if known}
     places.add(accelerate_config.default_location())
     ours = checkout.made_here(home) and (home.root / ".git").exists()
-    belongings = tuple(checkout.belongings(home)) if ours else ()
+    user_files = tuple(checkout.user_files(home)) if ours else ()
     return Plan(
         link=home.venv.is_symlink() and not generations.foreign_venv(home),
         defaults=tuple(sorted(place for place in places if accelerate_config.is_ours(place))),
@@ -75,12 +75,12 @@ def plan(home: Home, delete_my_files: bool) -> Plan:
                 if accelerate_config.backup(place).exists()
             )
         ),
-        remove_checkout=ours and (delete_my_files or not belongings),
-        belongings=belongings,
+        remove_checkout=ours and (delete_my_files or not user_files),
+        user_files=user_files,
     )
 
 
-def describe(home: Home, planned: Plan) -> list[str]:
+def describe(home: Installation, planned: Plan) -> list[str]:
     """The plan in lines for a person."""
     lines = ["This will be removed:"]
     lines += [f"  {home.venv} (a link)"] if planned.link else []
@@ -88,18 +88,18 @@ def describe(home: Home, planned: Plan) -> list[str]:
     lines += [f"  {path}" for path in planned.defaults]
     if planned.remove_checkout:
         lines.append(f"  {home.root} (the checkout)")
-        if planned.belongings:
-            lines += [f"    with YOUR files: {len(planned.belongings)} of them"]
-            lines += [f"      {name}" for name in planned.belongings[:20]]
+        if planned.user_files:
+            lines += [f"    with YOUR files: {len(planned.user_files)} of them"]
+            lines += [f"      {name}" for name in planned.user_files[:20]]
     lines += [
         f"This will be restored:\n  {path} as {accelerate_config.original(path).name}"
         for path in planned.backups
     ]
     if not planned.remove_checkout and (home.root / ".git").exists():
-        why = "it was there before this project" if not planned.belongings else "it holds files of yours:"
+        why = "it was there before this project" if not planned.user_files else "it holds files of yours:"
         lines.append(f"This stays: {home.root}, because {why}")
-        lines += [f"      {name}" for name in planned.belongings[:20]]
-        if planned.belongings:
+        lines += [f"      {name}" for name in planned.user_files[:20]]
+        if planned.user_files:
             lines.append("  (--delete-my-files removes the checkout with them)")
     return lines
 
@@ -112,7 +112,7 @@ def _ask() -> None:
         raise StepFailed("nothing was removed")
 
 
-def _carry_out(home: Home, planned: Plan) -> list[Check]:
+def _carry_out(home: Installation, planned: Plan) -> list[Check]:
     """The state directory goes last: until then a killed removal can be repeated."""
     rows = []
     if planned.link:
@@ -132,12 +132,12 @@ def _carry_out(home: Home, planned: Plan) -> list[Check]:
             if entry.name != STATE and not (entry == home.venv and generations.foreign_venv(home)):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         rows.append(Check("checkout", Status.PASS, f"{home.root} removed"))
-    elif planned.belongings:
-        detail = f"{home.root} stays: it holds {len(planned.belongings)} files of yours"
+    elif planned.user_files:
+        detail = f"{home.root} stays: it holds {len(planned.user_files)} files of yours"
         rows.append(
             Check("checkout", Status.WARN, detail, "`invoke uninstall --delete-my-files` removes them too")
         )
-    kept = {checkout.MADE_HERE} if planned.belongings and not planned.remove_checkout else set()
+    kept = {checkout.MADE_HERE} if planned.user_files and not planned.remove_checkout else set()
     for entry in home.state.iterdir():
         if entry.name not in kept:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -19,11 +19,11 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from kohya_mps.core.errors import UsageError, restores
-from kohya_mps.core.files import write
+from kohya_mps.core.files import write_atomic
 from kohya_mps.core.report import Check, Status
 from kohya_mps.core.settings import CONFIG, Profile, read_yaml
 
-Facts = Mapping[str, Any]
+FactValues = Mapping[str, Any]
 
 DEVICES = ("mps", "cuda", "cpu")
 PATH = CONFIG / "failures.yaml"
@@ -58,7 +58,7 @@ class Condition(_Strict, frozen=True):
     known: bool | None = None
     allowed: bool | None = None
 
-    def holds(self, facts: Facts, allowed: Mapping[str, tuple[str, ...]]) -> bool:
+    def holds(self, facts: FactValues, allowed: Mapping[str, tuple[str, ...]]) -> bool:
         """Whether the fact fulfils everything that is asked of it."""
         value = facts.get(self.of)
         if self.known is not None:
@@ -97,7 +97,7 @@ class Rule(_Strict, frozen=True):
     lock: dict[str, str] = {}
 
 
-class Sign(_Strict, frozen=True):
+class LogPattern(_Strict, frozen=True):
     """What a log says: ``text`` with any white space between its words; ``after``, when given,
     stands at most 4 KB before it, as the frames of a traceback do."""
 
@@ -117,7 +117,7 @@ class Failure(_Strict, frozen=True):
     profiles: tuple[str, ...] = ()
     settings: tuple[Rule, ...] = ()
     environment: tuple[Rule, ...] = ()
-    log: tuple[Sign, ...] = ()
+    log: tuple[LogPattern, ...] = ()
     note: str = ""
 
 
@@ -125,7 +125,7 @@ class _File(_Strict, frozen=True):
     failures: tuple[Failure, ...]
 
 
-class Situation(msgspec.Struct, frozen=True):
+class Target(msgspec.Struct, frozen=True):
     """What a training is checked for: a device, and a profile with the versions of its lock."""
 
     device: str
@@ -167,7 +167,9 @@ def known() -> tuple[Failure, ...]:
     return load()
 
 
-def ahead(failures: tuple[Failure, ...], where: str, facts: Facts, situation: Situation) -> Iterator[Finding]:
+def matching(
+    failures: tuple[Failure, ...], where: str, facts: FactValues, situation: Target
+) -> Iterator[Finding]:
     """The failures that these facts lead to.
 
     Args:
@@ -217,7 +219,7 @@ def with_table(text: str, failures: tuple[Failure, ...]) -> str:
 
 def update(path: Path) -> None:
     """Bring the table in a Markdown file up to date."""
-    write(path, with_table(path.read_text(encoding="utf-8"), known()).encode())
+    write_atomic(path, with_table(path.read_text(encoding="utf-8"), known()).encode())
 
 
 def source_url(source: str) -> str:
@@ -249,7 +251,7 @@ def _satisfies(version: str, specifier: str) -> bool:
         return False
 
 
-def _compare(value: Any, bound: float | str, facts: Facts, sign: int) -> bool:
+def _compare(value: Any, bound: float | str, facts: FactValues, sign: int) -> bool:
     other = facts.get(bound) if isinstance(bound, str) else bound
     if not isinstance(value, int | float) or not isinstance(other, int | float):
         return False

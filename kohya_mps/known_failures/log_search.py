@@ -55,7 +55,7 @@ class _Search(msgspec.Struct, frozen=True):
     after: re.Pattern[bytes] | None
 
 
-def _prepared(known: Iterable[Failure]) -> list[_Search]:
+def _prefilter_patterns(known: Iterable[Failure]) -> list[_Search]:
     """All signs, with as few different words as possible: looking for them is what takes the time."""
     signs = [(failure, sign, set(sign.text.encode().split())) for failure in known for sign in failure.log]
     chosen: dict[int, bytes] = {}
@@ -67,7 +67,12 @@ def _prepared(known: Iterable[Failure]) -> list[_Search]:
         for index in covered or open_signs:
             chosen[index] = common if covered else max(signs[index][2], key=len)
     return [
-        _Search(failure, chosen[index], _spaced(sign.text), _spaced(sign.after) if sign.after else None)
+        _Search(
+            failure,
+            chosen[index],
+            _any_whitespace(sign.text),
+            _any_whitespace(sign.after) if sign.after else None,
+        )
         for index, (failure, sign, _) in enumerate(signs)
     ]
 
@@ -103,7 +108,7 @@ def explain(log: str) -> Report:
 def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanation:
     """Read a log to its end and find the known failures in it."""
     order = catalogue.known() if known is None else tuple(known)
-    searches = _prepared(order)
+    searches = _prefilter_patterns(order)
     latest: dict[str, Found] = {}
     last_error = ""
     newlines, window = 0, b""
@@ -163,7 +168,7 @@ def report(explanation: Explanation, log: str) -> Report:
     return Report(f"Known failures in {log}", tuple(checks), extra, summary)
 
 
-def tell(output: str) -> bool:
+def print_known_failures(output: str) -> bool:
     """Explain the last lines of a program that failed here, on standard error.
 
     Failures of other devices than this machine's are left out.
@@ -197,7 +202,7 @@ def _in_window(text: bytes, searches: list[_Search], newlines: int) -> Iterator[
             yield Found(search.failure, line, _line(text, last.start(), last.end()))
 
 
-def _spaced(text: str) -> re.Pattern[bytes]:
+def _any_whitespace(text: str) -> re.Pattern[bytes]:
     """The words of a text with any white space between them: logs are wrapped to the terminal.
 
     The trainers' logger puts the place in the code at the end of a message's first line.

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
@@ -17,7 +17,7 @@ from kohya_mps.dataset import scan
 from kohya_mps.install import accelerate_launch
 from kohya_mps.install.setup import installed
 from kohya_mps.trainer_config.config_file import read
-from kohya_mps.trainer_config.trainer_options import Training, typed
+from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options
 
 from . import html_report, runs
 from .runs import Run
@@ -58,10 +58,12 @@ def test(settings: Settings, place: Path) -> Report:
     run = runs.find(place)
     record, lora = run.record(), run.lora()
     if lora is None:
-        raise UsageError(f"{run.path} has no LoRA yet", f"`invoke logs {run.typed}` shows how far it is")
-    generation = installed(Home(settings.home))
+        raise UsageError(
+            f"{run.path} has no LoRA yet", f"`invoke logs {run.quoted_path}` shows how far it is"
+        )
+    generation = installed(Installation(settings.home))
     prompt = _prompt(run)
-    training, _ = typed(read(run.settings).settings, text=False)
+    training, _ = parse_options(read(run.settings).settings, text=False)
     orders = {
         **msgspec.structs.asdict(prompt),
         "model": _model(run),
@@ -111,11 +113,11 @@ def test(settings: Settings, place: Path) -> Report:
 def _model(run: Run) -> str:
     """The base model: a path in full, or a name on Hugging Face."""
     record = run.record()
-    path = scan.place(record.model, Path(record.base))
+    path = scan.resolve_path(record.model, Path(record.base))
     return str(path) if path.exists() else record.model
 
 
-def _precision(training: Training) -> str:
+def _precision(training: TrainerOptions) -> str:
     return training.mixed_precision if training.mixed_precision in ("fp16", "bf16") else "no"
 
 

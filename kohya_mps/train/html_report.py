@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from kohya_mps.core.files import write
-from kohya_mps.core.installation import Home
+from kohya_mps.core.files import write_atomic
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import stream
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import Settings
@@ -79,14 +79,14 @@ class Sample(msgspec.Struct, frozen=True):
 def report(settings: Settings, place: Path) -> Report:
     """Write the report of a run into its directory."""
     run = runs.find(place)
-    write(run.report, html(settings, run).encode())
+    write_atomic(run.report, html(settings, run).encode())
     row = Check("report", Status.PASS, f"{run.report} ({run.report.stat().st_size / 1e6:.1f} MB)")
     return Report("Report", (row,), {"report": str(run.report), "run": str(run.path)})
 
 
 def html(settings: Settings, run: Run) -> str:
     """The report's text."""
-    record, steps, concluded = run.record(), run.steps(), start.conclude(run)
+    record, steps, concluded = run.record(), run.steps(), start.summarize(run)
     sections = [
         _head(run, steps),
         _checks(concluded.checks),
@@ -248,7 +248,7 @@ def _versions(settings: Settings, run: Run) -> str:
         facts |= {"kohya_ss": record.commits.kohya_ss, "sd-scripts": record.commits.sd_scripts}
     if lora:
         facts |= {"LoRA": str(lora), "LoRA (SHA-256)": lockfile.digest(lora)}
-    known = receipt.read(Generation(Home(settings.home).generations / record.generation))
+    known = receipt.read(Generation(Installation(settings.home).generations / record.generation))
     everything = ""
     if known:
         verified = known.train_step
@@ -287,7 +287,7 @@ def tensorboard(settings: Settings, place: Path, port: int) -> int:
     """Serve the logs of a run, or of all runs of a project, until Ctrl-C; only to this machine."""
     path = Path(os.path.abspath(place))
     logs = path / runs.RUNS if (path / runs.RUNS).is_dir() else runs.find(place).tensorboard
-    generation = installed(Home(settings.home))
+    generation = installed(Installation(settings.home))
     served = [str(generation.python), "-m", "tensorboard.main", "--logdir", str(logs)]
     say(f"http://127.0.0.1:{port}/ shows {logs}; Ctrl-C ends it")
     return stream(

@@ -59,7 +59,7 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sample: Size
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class NewProjectOptions(msgspec.Struct, frozen=True):
     """What ``invoke new`` was asked for."""
 
     place: Path
@@ -95,7 +95,7 @@ def presets() -> dict[str, Preset]:
         raise UsageError(f"{_PRESETS}: {error}", restores(_PRESETS)) from error
 
 
-def new(settings: Settings, wanted: Wanted) -> Report:
+def create(settings: Settings, wanted: NewProjectOptions) -> Report:
     """Make a project.
 
     Raises:
@@ -141,7 +141,7 @@ def new(settings: Settings, wanted: Wanted) -> Report:
 def _model(named: str, preset: Preset) -> str:
     """The base model as the settings will say it: a path in full, or a name on Hugging Face."""
     path = Path(os.path.abspath(Path(named).expanduser()))
-    model = base_model.look(named, path)
+    model = base_model.inspect(named, path)
     if model.form in (Form.MISSING, Form.DAMAGED):
         raise UsageError(f"--model: {model.detail}", "give a .safetensors file, or a name on Hugging Face")
     if model.family and model.family != preset.family:
@@ -224,7 +224,12 @@ def _prompts(preset: Preset, found: tuple[Folder, ...], name: str) -> str:
 
 
 def _settings_text(
-    settings: Settings, wanted: Wanted, preset: Preset, model: str, name: str, found: tuple[Folder, ...]
+    settings: Settings,
+    wanted: NewProjectOptions,
+    preset: Preset,
+    model: str,
+    name: str,
+    found: tuple[Folder, ...],
 ) -> str:
     template = string.Template((_TEMPLATES / f"{wanted.preset}.toml").read_text(encoding="utf-8"))
     shown = sum(folder.repeats * len(folder.pictures) for folder in found)

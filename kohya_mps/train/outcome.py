@@ -16,7 +16,7 @@ from kohya_mps.diagnose import base_model
 from kohya_mps.diagnose.estimate import estimate
 from kohya_mps.known_failures import log_search
 from kohya_mps.trainer_config.config_file import read
-from kohya_mps.trainer_config.trainer_options import Training, typed
+from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options
 
 from .runs import Run, State
 
@@ -34,7 +34,7 @@ class Saving(msgspec.Struct, frozen=True):
     peak_gb: float
 
 
-def of(run: Run) -> tuple[Check, ...]:
+def explain_run(run: Run) -> tuple[Check, ...]:
     """The reason that a failed or killed run left behind, and its remedy."""
     ended = run.ended()
     error = ended.error if ended else ""
@@ -89,18 +89,18 @@ def _savings(run: Run) -> Iterator[Saving]:
     """What saves memory, the cheapest in time and quality first."""
     record = run.record()
     base = Path(record.base)
-    training, _ = typed(read(run.settings).settings, text=False)
-    model = base_model.look(record.model, scan.place(record.model, base))
+    training, _ = parse_options(read(run.settings).settings, text=False)
+    model = base_model.inspect(record.model, scan.resolve_path(record.model, base))
     begun = run.begun()
     device = begun.device.partition(":")[0] if begun else record.expected_device
 
-    def peak(changed: Training) -> float | None:
+    def peak(changed: TrainerOptions) -> float | None:
         return estimate(
-            changed, record.trainer, record.family, model, scan.find(changed, base), device
+            changed, record.trainer, record.family, model, scan.scan(changed, base), device
         ).peak_gb
 
     before = peak(training)
-    for told, changed in _steps_down(training):
+    for told, changed in _cheaper_settings(training):
         after = peak(changed)
         if before is None or after is None:
             return
@@ -109,7 +109,7 @@ def _savings(run: Run) -> Iterator[Saving]:
         before = after
 
 
-def _steps_down(training: Training) -> Iterator[tuple[str, Training]]:
+def _cheaper_settings(training: TrainerOptions) -> Iterator[tuple[str, TrainerOptions]]:
     """Settings that take less memory, one change after the other."""
     changes: list[tuple[str, dict[str, object]]] = [
         ("cache_latents = true", {"cache_latents": True}),
@@ -117,7 +117,7 @@ def _steps_down(training: Training) -> Iterator[tuple[str, Training]]:
         ("train_batch_size = 1", {"train_batch_size": 1}),
         ("network_train_unet_only = true", {"network_train_unet_only": True}),
     ]
-    sides = training.sides
+    sides = training.width_and_height
     for side in (768, 512, 384):
         if sides and max(sides) > side:
             changes.append((f'resolution = "{side},{side}"', {"resolution": f"{side},{side}"}))

@@ -23,7 +23,7 @@ import msgspec
 import psutil
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import write
+from kohya_mps.core.files import write_atomic
 from kohya_mps.install.checkout import Commits
 from kohya_mps.trainer_config.config_file import read
 
@@ -148,7 +148,7 @@ class Run(msgspec.Struct, frozen=True):
     path: Path
 
     @property
-    def typed(self) -> str:
+    def quoted_path(self) -> str:
         """Its path as it is typed behind a command."""
         return shlex.quote(str(self.path))
 
@@ -224,7 +224,7 @@ class Run(msgspec.Struct, frozen=True):
 
     def save(self, record: Record) -> None:
         """Write what it was started with."""
-        write(self._record, msgspec.json.format(msgspec.json.encode(record)))
+        write_atomic(self._record, msgspec.json.format(msgspec.json.encode(record)))
 
     def begun(self) -> Begun | None:
         """What the trainer said before its first step; nothing until then."""
@@ -262,7 +262,7 @@ class Run(msgspec.Struct, frozen=True):
     def forget_after(self, step: int) -> None:
         """Drop the steps after one: a resumed run makes them again."""
         kept = [s for s in self.steps() if s.step <= step]
-        write(self.steps_file, b"".join(msgspec.json.encode(s) + b"\n" for s in kept))
+        write_atomic(self.steps_file, b"".join(msgspec.json.encode(s) + b"\n" for s in kept))
 
     def saved(self) -> Saved | None:
         """The latest saved state that is whole."""
@@ -371,7 +371,7 @@ def resumable(run: Run) -> Saved:
     """
     state = _settled(run)
     if state is State.RUNNING:
-        raise UsageError(f"{run.path} is still running", f"`invoke logs {run.typed}` shows it")
+        raise UsageError(f"{run.path} is still running", f"`invoke logs {run.quoted_path}` shows it")
     if state is State.FINISHED:
         raise UsageError(
             f"{run.path} is finished: nothing is left to train", "`invoke train` starts a new run"

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, Stopped, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device, on_mac
 from kohya_mps.core.process import end_tree, start
 from kohya_mps.core.report import Check, Report, Status, say
@@ -26,12 +26,12 @@ from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.dataset import scan
 from kohya_mps.diagnose import base_model, preflight
 from kohya_mps.diagnose.base_model import Form, Model
-from kohya_mps.diagnose.preflight import Question
+from kohya_mps.diagnose.preflight import PreflightOptions
 from kohya_mps.install import accelerate_launch, checkout, lockfile, receipt
 from kohya_mps.install.generations import Generation
 from kohya_mps.install.setup import installed
 from kohya_mps.trainer_config import config_file
-from kohya_mps.trainer_config.config_file import Kind, TrainingFile, read
+from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
 
 from . import live_view, outcome, runs
 from .runs import Process, Record, Resumption, Run, Saved, State
@@ -47,7 +47,7 @@ _NEEDED = {"network_module": '"networks.lora"', "pretrained_model_name_or_path":
 _DECISIVE = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora", "numpy")
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class TrainOptions(msgspec.Struct, frozen=True):
     """What ``invoke train`` was asked for besides the settings."""
 
     resume: bool = False
@@ -61,14 +61,14 @@ class Plan(msgspec.Struct, frozen=True):
     ``base`` is where the trainer starts, and so what the settings' paths are relative to.
     """
 
-    file: TrainingFile
+    file: ConfigFile
     base: Path
     name: str
     model: Model
     trainer: Path
 
 
-def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
+def train(settings: Settings, place: Path, wanted: TrainOptions) -> Report:
     """Train, and show how it goes until it ends.
 
     Args:
@@ -82,7 +82,7 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
         StepFailed: preflight found what cannot work, or there is no state to resume from.
         Stopped: the person ended it.
     """
-    home = Home(settings.home)
+    home = Installation(settings.home)
     generation = installed(home, settings.profile_name)
     if wanted.resume:
         run = runs.find(place)
@@ -92,17 +92,17 @@ def train(settings: Settings, place: Path, wanted: Wanted) -> Report:
         planned = plan(home, file, None)
         if wanted.preflight:
             _preflight(settings, planned)
-        run, child = begin(settings, generation, planned)
+        run, child = start_run(settings, generation, planned)
     say(f"run: {run.path}")
     if wanted.detach:
         # Somebody has to take its exit status while this process lives.
         threading.Thread(target=child.wait, daemon=True).start()
         return _detached(run)
-    _look_on(run, child)
-    return conclude(run)
+    _follow(run, child)
+    return summarize(run)
 
 
-def plan(home: Home, file: Path, base: Path | None) -> Plan:
+def plan(home: Installation, file: Path, base: Path | None) -> Plan:
     """Read a trainer's TOML and decide how it is trained.
 
     Args:
@@ -122,9 +122,9 @@ def plan(home: Home, file: Path, base: Path | None) -> Plan:
     for name, example in _NEEDED.items():
         if not found.settings.get(name):
             raise UsageError(f"{file}: {name} is not set: `invoke train` trains LoRA", f"{name} = {example}")
-    base = base or config_file.base(found)
+    base = base or config_file.base_directory(found)
     named = str(found.settings["pretrained_model_name_or_path"])
-    model = base_model.look(named, scan.place(named, base))
+    model = base_model.inspect(named, scan.resolve_path(named, base))
     if model.form in (Form.MISSING, Form.DAMAGED):
         raise UsageError(f"{file}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file")
     if model.family and model.family not in _TRAINERS:
@@ -139,7 +139,7 @@ def plan(home: Home, file: Path, base: Path | None) -> Plan:
 
 
 def _preflight(settings: Settings, planned: Plan) -> None:
-    question = Question(planned.file.path, base=planned.base, trainer=planned.trainer.name)
+    question = PreflightOptions(planned.file.path, base=planned.base, trainer=planned.trainer.name)
     checks = preflight.check(settings, question).checks
     for row in checks:
         if row.status is Status.WARN:
@@ -153,9 +153,9 @@ def _preflight(settings: Settings, planned: Plan) -> None:
         )
 
 
-def configuration(home: Home, generation: Generation) -> Path:
+def configuration(home: Installation, generation: Generation) -> Path:
     """The accelerate configuration of a training: of several processes where that was configured."""
-    return home.spread_config if home.spread_config.is_file() else generation.accelerate_config
+    return home.distributed_config if home.distributed_config.is_file() else generation.accelerate_config
 
 
 def command(generation: Generation, config: Path, planned: Plan, run: Run, saved: Saved | None) -> list[str]:
@@ -187,14 +187,16 @@ def trainer_arguments(planned: Plan, run: Run) -> list[str]:
 
 def _is_small(planned: Plan) -> bool:
     told = str(planned.file.settings["pretrained_model_name_or_path"])
-    return (scan.place(told, planned.base) / SMALL_MARK).is_file()
+    return (scan.resolve_path(told, planned.base) / SMALL_MARK).is_file()
 
 
-def begin(settings: Settings, generation: Generation, planned: Plan) -> tuple[Run, subprocess.Popen[bytes]]:
+def start_run(
+    settings: Settings, generation: Generation, planned: Plan
+) -> tuple[Run, subprocess.Popen[bytes]]:
     """Make the run's directory and start the trainer."""
     run = runs.new(planned.file.path)
     shutil.copyfile(planned.file.path, run.settings)
-    config = configuration(Home(settings.home), generation)
+    config = configuration(Installation(settings.home), generation)
     argv = command(generation, config, planned, run, None)
     manifest = generation.manifest()
     assert manifest is not None  # it is the active one
@@ -214,7 +216,7 @@ def begin(settings: Settings, generation: Generation, planned: Plan) -> tuple[Ru
         lock=manifest.lock,
         accelerate_config=lockfile.digest(config),
         packages={name: distributions[name].version for name in _DECISIVE if name in distributions},
-        commits=checkout.present(Home(settings.home)),
+        commits=checkout.present(Installation(settings.home)),
     )
     run.save(record)
     return run, _start(run, record, generation, planned)
@@ -228,14 +230,14 @@ def resume(settings: Settings, generation: Generation, run: Run, saved: Saved) -
         say(f"{original} was changed since; this run goes on with its own copy, {run.settings}")
     if generation.name != record.generation:
         say(f"the run began in {record.generation} and goes on in {generation.name}: numbers may differ")
-    planned = plan(Home(settings.home), run.settings, Path(record.base))
+    planned = plan(Installation(settings.home), run.settings, Path(record.base))
     planned = msgspec.structs.replace(planned, name=record.name)
     say(f"going on after step {saved.step}")
     run.forget_after(saved.step)
     for file in (run.ended_file, run.stop_file, run.begun_file):
         file.unlink(missing_ok=True)
     again = Resumption(receipt.now(), saved.step, generation.name)
-    argv = command(generation, configuration(Home(settings.home), generation), planned, run, saved)
+    argv = command(generation, configuration(Installation(settings.home), generation), planned, run, saved)
     record = msgspec.structs.replace(
         record, command=tuple(argv), resumed=(*record.resumed, again), process=None
     )
@@ -250,7 +252,7 @@ def _start(run: Run, record: Record, generation: Generation, planned: Plan) -> s
     return child
 
 
-def _look_on(run: Run, child: subprocess.Popen[bytes]) -> None:
+def _follow(run: Run, child: subprocess.Popen[bytes]) -> None:
     """Show the progress until the trainer ends; Ctrl-C asks it to save, a second one ends it."""
     try:
         live_view.follow(
@@ -280,13 +282,13 @@ def stop(place: Path) -> Report:
     run = runs.find(place)
     if run.state() is not State.RUNNING:
         raise UsageError(
-            f"{run.path} does not run: it {_STATES[run.state()]}", f"`invoke report {run.typed}`"
+            f"{run.path} does not run: it {_STATES[run.state()]}", f"`invoke report {run.quoted_path}`"
         )
     run.stop_file.touch()
     say(f"{run.path}: the trainer saves its state after this step and ends")
     while run.state() is State.RUNNING:
         time.sleep(0.2)
-    return conclude(run)
+    return summarize(run)
 
 
 def logs(place: Path, *, whole: bool = False) -> Report:
@@ -296,9 +298,9 @@ def logs(place: Path, *, whole: bool = False) -> Report:
         live_view.follow(run, lambda: run.state() is State.RUNNING, whole_log=whole)
     except KeyboardInterrupt:
         raise Stopped(
-            f"{run.path} goes on", f"`invoke stop {run.typed}` saves its state and ends it"
+            f"{run.path} goes on", f"`invoke stop {run.quoted_path}` saves its state and ends it"
         ) from None
-    return conclude(run)
+    return summarize(run)
 
 
 _STATES = {
@@ -317,13 +319,13 @@ def _detached(run: Run) -> Report:
         {"run": str(run.path)},
         (
             "",
-            f"invoke logs {run.typed}     shows how it goes",
-            f"invoke stop {run.typed}     saves its state and ends it",
+            f"invoke logs {run.quoted_path}     shows how it goes",
+            f"invoke stop {run.quoted_path}     saves its state and ends it",
         ),
     )
 
 
-def conclude(run: Run) -> Report:
+def summarize(run: Run) -> Report:
     """What came of a run, as a report."""
     state, steps, begun = run.state(), run.steps(), run.begun()
     record = run.record()
@@ -341,7 +343,7 @@ def conclude(run: Run) -> Report:
         )
     ]
     if state in (State.FAILED, State.DIED):
-        checks += outcome.of(run)
+        checks += outcome.explain_run(run)
     if begun:
         device = begun.device.partition(":")[0]
         checks.append(
@@ -372,7 +374,9 @@ def conclude(run: Run) -> Report:
         "log": str(run.log),
     }
     next_lines = (
-        ("", f"invoke report {run.typed}", f"invoke test-lora {run.typed}") if state is State.FINISHED else ()
+        ("", f"invoke report {run.quoted_path}", f"invoke test-lora {run.quoted_path}")
+        if state is State.FINISHED
+        else ()
     )
     return Report(f"Run {run.path}", tuple(checks), extra, next_lines)
 
@@ -381,4 +385,4 @@ def _go_on(run: Run) -> str:
     saved = run.saved()
     if saved is None:
         return "no state was saved yet: `invoke train` starts anew"
-    return f"`invoke train {run.typed} --resume` goes on after step {saved.step}"
+    return f"`invoke train {run.quoted_path} --resume` goes on after step {saved.step}"

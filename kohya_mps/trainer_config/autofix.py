@@ -19,16 +19,16 @@ from typing import Any
 import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.files import write
+from kohya_mps.core.files import write_atomic
 
-from .config_file import Kind, TrainingFile, is_windows, trainer_at
+from .config_file import ConfigFile, Kind, is_windows, trainer_at
 from .shell_words import Word, commands
 from .trainer_options import WrongType
 
 Value = bool | int | float | str | None
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class Edit(msgspec.Struct, frozen=True):
     """A setting, by the trainers' name, that should have another value; None takes it out."""
 
     name: str
@@ -50,10 +50,10 @@ class Corrected(msgspec.Struct, frozen=True):
 
     text: str
     changes: tuple[Change, ...]
-    left: tuple[str, ...]
+    not_fixable: tuple[str, ...]
 
 
-def correct(file: TrainingFile, wanted: list[Wanted]) -> Corrected:
+def autofix(file: ConfigFile, wanted: list[Edit]) -> Corrected:
     """The file's text with settings changed."""
     if file.kind is Kind.TOML:
         return _toml(file.text, wanted)
@@ -64,7 +64,7 @@ def correct(file: TrainingFile, wanted: list[Wanted]) -> Corrected:
     return Corrected(file.text, (), tuple(w.name for w in wanted))
 
 
-def save(file: TrainingFile, corrected: Corrected, out: Path) -> None:
+def save(file: ConfigFile, corrected: Corrected, out: Path) -> None:
     """Write the corrected copy.
 
     Raises:
@@ -75,10 +75,10 @@ def save(file: TrainingFile, corrected: Corrected, out: Path) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} is no directory", "give --fix another name")
     _check(file, corrected)
-    write(out, corrected.text.encode())
+    write_atomic(out, corrected.text.encode())
 
 
-def retyped(wrong: WrongType) -> Value:
+def coerce(wrong: WrongType) -> Value:
     """The same value with the type that the trainer takes; nothing when that is not clear."""
     if wrong.wanted == "a text in quotes" and isinstance(wrong.found, int | float):
         return str(wrong.found)
@@ -95,7 +95,7 @@ def retyped(wrong: WrongType) -> Value:
     return words.get(str(wrong.found).lower()) if wrong.wanted == "true or false" else None
 
 
-def _check(file: TrainingFile, corrected: Corrected) -> None:
+def _check(file: ConfigFile, corrected: Corrected) -> None:
     """A copy that cannot be read any more is never written."""
     try:
         if file.kind is Kind.TOML:
@@ -122,7 +122,7 @@ class _Statement(msgspec.Struct, frozen=True):
     value: Any
 
 
-def _toml(text: str, wanted: list[Wanted]) -> Corrected:
+def _toml(text: str, wanted: list[Edit]) -> Corrected:
     lines = text.splitlines(keepends=True)
     ending = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
     statements = {s.name: s for s in _statements(lines)}  # the last of two equal names wins
@@ -222,7 +222,7 @@ class _Member(msgspec.Struct, frozen=True):
     end: int
 
 
-def _json(text: str, wanted: list[Wanted]) -> Corrected:
+def _json(text: str, wanted: list[Edit]) -> Corrected:
     members = {m.name: m for m in _members(text)}
     changes: list[Change] = []
     pieces: list[tuple[int, int, str]] = []
@@ -250,7 +250,7 @@ def _json(text: str, wanted: list[Wanted]) -> Corrected:
     return Corrected(_replaced(text, pieces), tuple(changes), ())
 
 
-def _for_gui(wanted: list[Wanted], members: dict[str, _Member]) -> Iterator[tuple[str, Value, str]]:
+def _for_gui(wanted: list[Edit], members: dict[str, _Member]) -> Iterator[tuple[str, Value, str]]:
     """The same wishes by the GUI's names. In the GUI empty is what it does not tell the trainer."""
     for want in wanted:
         if want.name in ("xformers", "sdpa"):
@@ -299,7 +299,7 @@ def _replaced(text: str, pieces: list[tuple[int, int, str]]) -> str:
 # ---- A command ----------------------------------------------------------------------------------
 
 
-def _command(file: TrainingFile, wanted: list[Wanted]) -> Corrected:
+def _command(file: ConfigFile, wanted: list[Edit]) -> Corrected:
     found = next(
         (
             (w, at)

@@ -32,7 +32,7 @@ class Kind(StrEnum):
     COMMAND = "a command line"
 
 
-class TrainingFile(msgspec.Struct, frozen=True):
+class ConfigFile(msgspec.Struct, frozen=True):
     """A training as a file describes it.
 
     ``settings`` have the trainers' names, whatever the file calls them. ``trainer`` is the
@@ -53,7 +53,7 @@ class TrainingFile(msgspec.Struct, frozen=True):
         return self.kind is not Kind.TOML
 
 
-def read(path: Path) -> TrainingFile:
+def read(path: Path) -> ConfigFile:
     """Read a file that says how to train.
 
     Raises:
@@ -108,7 +108,7 @@ _PATHS = (
 )  # fmt: skip
 
 
-def base(file: TrainingFile) -> Path:
+def base_directory(file: ConfigFile) -> Path:
     """Where the settings' paths begin: beside the file, or where the user stands if only there is what they name."""
     beside, here = Path(os.path.abspath(file.path)).parent, Path.cwd()
     told = (file.settings.get(name) for name in _PATHS)
@@ -153,18 +153,18 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     return data
 
 
-def _toml(path: Path, text: str, data: dict[str, Any]) -> TrainingFile:
+def _toml(path: Path, text: str, data: dict[str, Any]) -> ConfigFile:
     if isinstance(data.get("datasets"), list):
-        return TrainingFile(path, Kind.DATASET, text, {"dataset_config": str(path)})
-    flat = flattened(data)
+        return ConfigFile(path, Kind.DATASET, text, {"dataset_config": str(path)})
+    flat = flatten(data)
     if "accelerate_launch" in data or ("basic" in data and "model" in data):
         return msgspec.structs.replace(_gui(path, text, flat), kind=Kind.GUI_DEFAULTS)
     if not NAMES & flat.keys() and not _GUI_NAMES & flat.keys():
         raise UsageError(f"{path} holds no setting that the trainers know", _ACCEPTED)
-    return TrainingFile(path, Kind.TOML, text, flat, notes=_misnamed(flat))
+    return ConfigFile(path, Kind.TOML, text, flat, notes=_gui_names_in_trainer_toml(flat))
 
 
-def flattened(data: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(data: Mapping[str, Any]) -> dict[str, Any]:
     """A trainer's settings, its sections taken away as ``read_config_from_file`` does.
 
     sd-scripts 2e0fcc50, ``library/train_util.py``, line 4655: one level of tables is
@@ -176,7 +176,7 @@ def flattened(data: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _misnamed(flat: Values) -> tuple[str, ...]:
+def _gui_names_in_trainer_toml(flat: Values) -> tuple[str, ...]:
     found = [
         f"{name} (the trainer's name: {_GUI_TO_TRAINER[name]})" for name in _GUI_TO_TRAINER if name in flat
     ]
@@ -233,7 +233,7 @@ _MODULES = {
 }
 
 
-def _gui(path: Path, text: str, data: dict[str, Any]) -> TrainingFile:
+def _gui(path: Path, text: str, data: dict[str, Any]) -> ConfigFile:
     """The GUI's settings, as the GUI would tell them to a trainer."""
     if len((NAMES | _GUI_NAMES) & data.keys()) < 2:
         raise UsageError(f"{path} holds no settings of kohya_ss's GUI", _ACCEPTED)
@@ -257,7 +257,7 @@ def _gui(path: Path, text: str, data: dict[str, Any]) -> TrainingFile:
     if isinstance(more, str) and more.strip():
         settings |= _options([w for c in commands(more.replace('"', ""), windows=False) for w in c])
     notes = [f"not in the file, so the GUI's own default holds: {n} = {_GUI_DEFAULTS[n]}" for n in absent]
-    return TrainingFile(path, Kind.GUI, text, settings, _gui_trainer(shown), tuple(notes))
+    return ConfigFile(path, Kind.GUI, text, settings, _gui_trainer(shown), tuple(notes))
 
 
 def _number(value: Any) -> float:
@@ -327,7 +327,7 @@ def _looks_like_command(text: str) -> bool:
     )
 
 
-def _command(path: Path, text: str) -> TrainingFile:
+def _command(path: Path, text: str) -> ConfigFile:
     windows = is_windows(path, text)
     trainings = [(at, words) for words in commands(text, windows) if (at := trainer_at(words)) is not None]
     if not trainings:
@@ -344,7 +344,7 @@ def _command(path: Path, text: str) -> TrainingFile:
     if unknown:
         notes.append(f"left out, their variables are set elsewhere: {', '.join(unknown)}")
     told = {name: value for name, value in settings.items() if name not in unknown}
-    return TrainingFile(path, Kind.COMMAND, text, told, trainer, tuple(notes))
+    return ConfigFile(path, Kind.COMMAND, text, told, trainer, tuple(notes))
 
 
 def is_windows(path: Path, text: str) -> bool:
@@ -368,7 +368,7 @@ def _config_file(path: Path, config: str) -> dict[str, Any]:
     """The TOML that a command names; the trainer adds the ending when it is missing."""
     named = Path(config if config.endswith(".toml") else f"{config}.toml").expanduser()
     found = next((p for p in (named, path.parent / named) if p.is_file()), named)
-    return flattened(parse_toml(found, read_text(found)))
+    return flatten(parse_toml(found, read_text(found)))
 
 
 _LISTS = frozenset({"network_args", "optimizer_args", "lr_scheduler_args", "text_encoder_lr", "base_weights"})

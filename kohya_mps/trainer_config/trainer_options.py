@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 
-class Training(msgspec.Struct, frozen=True):
+class TrainerOptions(msgspec.Struct, frozen=True):
     """What a trainer would be told; ``launch_cpu`` is told to ``accelerate launch`` instead."""
 
     pretrained_model_name_or_path: str = ""
@@ -101,7 +101,7 @@ class Training(msgspec.Struct, frozen=True):
         return (self.optimizer_type or "AdamW").lower()
 
     @property
-    def sides(self) -> tuple[int, int] | None:
+    def width_and_height(self) -> tuple[int, int] | None:
         """The resolution's width and height in pixels; nothing when it does not say that."""
         numbers = re.fullmatch(r"\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?", self.resolution)
         return (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else None
@@ -120,10 +120,10 @@ class WrongType(msgspec.Struct, frozen=True):
     wanted: str
 
 
-NAMES = frozenset(Training.__struct_fields__)
+NAMES = frozenset(TrainerOptions.__struct_fields__)
 
 
-def typed(settings: Mapping[str, Any], *, text: bool) -> tuple[Training, tuple[WrongType, ...]]:
+def parse_options(settings: Mapping[str, Any], *, text: bool) -> tuple[TrainerOptions, tuple[WrongType, ...]]:
     """Settings as the trainer would have them.
 
     Args:
@@ -133,7 +133,7 @@ def typed(settings: Mapping[str, Any], *, text: bool) -> tuple[Training, tuple[W
     """
     values: dict[str, Any] = {}
     wrong = []
-    for name, hint in typing.get_type_hints(Training).items():
+    for name, hint in typing.get_type_hints(TrainerOptions).items():
         if name not in settings or settings[name] is None:
             continue
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -141,7 +141,7 @@ def typed(settings: Mapping[str, Any], *, text: bool) -> tuple[Training, tuple[W
             values[name] = _coerce(settings[name], kinds[0], text)
         except (ValueError, OverflowError):
             wrong.append(WrongType(name, settings[name], _WORDS.get(kinds[0], "a list of texts")))
-    return Training(**values), tuple(wrong)
+    return TrainerOptions(**values), tuple(wrong)
 
 
 # Nothing here counts further; larger numbers would overflow what is reckoned from them.

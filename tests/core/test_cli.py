@@ -32,7 +32,7 @@ def failing(error: BaseException) -> object:
 
 def ended(step: object, **options: bool) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.run(step, **options)  # type: ignore[arg-type]
+        cli.run_task(step, **options)  # type: ignore[arg-type]
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
@@ -42,7 +42,7 @@ def report(status: Status) -> Report:
 
 
 def test_a_good_report_is_printed_and_nothing_is_raised(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.run(lambda: report(Status.WARN))
+    cli.run_task(lambda: report(Status.WARN))
     assert "what was found" in capsys.readouterr().out
 
 
@@ -52,7 +52,7 @@ def test_a_failed_check_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.run(lambda: report(Status.PASS), json=True)
+    cli.run_task(lambda: report(Status.PASS), json=True)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
         "ok": True,
@@ -118,9 +118,9 @@ def test_a_full_or_forbidden_disk_is_the_users_to_mend(
 
 def test_any_other_error_is_a_bug_and_keeps_its_traceback() -> None:
     with pytest.raises(OSError, match="Broken pipe"):
-        cli.run(failing(OSError(errno.EPIPE, "Broken pipe")))  # type: ignore[arg-type]
+        cli.run_task(failing(OSError(errno.EPIPE, "Broken pipe")))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
-        cli.run(failing(ZeroDivisionError()))  # type: ignore[arg-type]
+        cli.run_task(failing(ZeroDivisionError()))  # type: ignore[arg-type]
 
 
 def test_what_a_step_makes_is_writable_for_nobody_else(tmp_path: Path) -> None:

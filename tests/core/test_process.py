@@ -18,7 +18,7 @@ import pytest
 
 from kohya_mps.core import process
 from kohya_mps.core.errors import StepFailed
-from kohya_mps.core.process import Finished, capture, end_leftovers, end_tree, scrubbed, stream
+from kohya_mps.core.process import ProcessResult, capture, clean_environ, end_leftovers, end_tree, stream
 
 
 def python(code: str) -> list[str]:
@@ -65,7 +65,7 @@ def wait_for(path: Path) -> int:
      "DYLD_INSERT_LIBRARIES", "PYENV_VERSION", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"],
 )  # fmt: skip
 def test_what_would_leak_another_python_or_repository_is_dropped(name: str) -> None:
-    assert name not in scrubbed({name: "x", "PATH": "/bin"})
+    assert name not in clean_environ({name: "x", "PATH": "/bin"})
 
 
 @pytest.mark.parametrize(
@@ -76,20 +76,20 @@ def test_what_would_leak_another_python_or_repository_is_dropped(name: str) -> N
      "GIT_CONFIG_KEY_0", "GIT_SSH_COMMAND", "SSH_AUTH_SOCK", "LANG", "OMP_NUM_THREADS", "PYTORCH_MPS_HIGH_WATERMARK_RATIO"],
 )  # fmt: skip
 def test_network_certificates_caches_and_sources_are_kept(name: str) -> None:
-    assert scrubbed({name: "x", "PATH": "/bin"})[name] == "x"
+    assert clean_environ({name: "x", "PATH": "/bin"})[name] == "x"
 
 
 def test_the_active_environment_is_not_on_the_path_and_the_users_site_is_off() -> None:
     path = os.pathsep.join(
         ["/home/me/venv/bin", "/conda/envs/x/bin", "/conda/envs/x/condabin", "/usr/bin", "/home/me/venv2/bin"]
     )
-    made = scrubbed({"VIRTUAL_ENV": "/home/me/venv", "CONDA_PREFIX": "/conda/envs/x/", "PATH": path})
+    made = clean_environ({"VIRTUAL_ENV": "/home/me/venv", "CONDA_PREFIX": "/conda/envs/x/", "PATH": path})
     assert made["PATH"] == os.pathsep.join(["/usr/bin", "/home/me/venv2/bin"])
     assert made["PYTHONNOUSERSITE"] == "1"
 
 
 def test_a_directory_can_be_put_first_and_variables_added() -> None:
-    made = scrubbed({"PATH": "/bin"}, path_first=Path("/x/bin"), extra={"PYTHONUNBUFFERED": "1"})
+    made = clean_environ({"PATH": "/bin"}, path_first=Path("/x/bin"), extra={"PYTHONUNBUFFERED": "1"})
     assert made["PATH"] == f"/x/bin{os.pathsep}/bin"
     assert made["PYTHONUNBUFFERED"] == "1"
 
@@ -149,7 +149,7 @@ def test_a_process_ended_by_a_signal_is_told_as_such() -> None:
 
 def test_the_last_line_is_the_last_that_says_something() -> None:
     tail = "Resolving\r\x1b[2K100%|####|\r\n\x1b[1merror\x1b[0m: no space\n\n  \n"
-    assert Finished(1, tail, 0.0, 0).last_line == "error: no space"
+    assert ProcessResult(1, tail, 0.0, 0).last_line == "error: no space"
 
 
 def test_peak_memory_is_that_of_the_child_in_bytes() -> None:

@@ -12,13 +12,13 @@ from devtools import chaos
 from devtools.chaos import damage, disk, kills, network
 from devtools.chaos.kills import Moment, Timeline
 from devtools.chaos.testbed import (
-    RENEW,
+    REBUILD,
     SMALL_PROFILE,
     STALL_SECONDS,
+    Attempts,
     CannotTry,
-    Fell,
-    Place,
-    Tries,
+    NotSurvived,
+    Testbed,
     expect,
     processes_of,
 )
@@ -31,7 +31,7 @@ from tests.support.wheelhouse import pin, wheel
 
 
 @pytest.fixture
-def place(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Testbed:
     """A copy of the project that installs two small wheels and checks out the small upstream."""
     house, root = tmp_path / "wheels", tmp_path / "chaos"
     pins = [
@@ -40,32 +40,32 @@ def place(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("UV_FIND_LINKS", str(house))
     root.mkdir()
     chosen = msgspec.structs.replace(settings.load(), url=str(upstream.kohya_ss), commit=upstream.commit)
-    made = Place(root, chosen, SMALL_PROFILE, real=False)
+    made = Testbed(root, chosen, SMALL_PROFILE, real=False)
     made.use_small_lock("".join(pins))
     return made
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_kill_during_a_rebuild_leaves_the_old_environment_and_one_rerun_ends_good(
-    share: float, place: Place
+    share: float, place: Testbed
 ) -> None:
-    first = place.python(RENEW)
+    first = place.python(REBUILD)
     assert first.code == 0, first.said
     before = generations.active(place.home)
     place.new_lock()
 
-    kills.kill(place.start_python(RENEW), Moment(0, first.seconds * share))
+    kills.kill(place.start_python(REBUILD), Moment(0, first.seconds * share))
 
     place.active_is_whole()
-    assert place.python(RENEW).code == 0
+    assert place.python(REBUILD).code == 0
     assert generations.active(place.home) != before
     place.active_is_whole()
-    place.tidy()
+    place.assert_no_leftovers()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
 def test_a_kill_during_a_checkout_is_mended_by_one_rerun(
-    share: float, place: Place, upstream: Upstream
+    share: float, place: Testbed, upstream: Upstream
 ) -> None:
     first = place.invoke("clone")
     assert first.code == 0, first.said
@@ -77,10 +77,10 @@ def test_a_kill_during_a_checkout_is_mended_by_one_rerun(
     assert again.code == 0, again.said
     assert checkout.present(place.home) == checkout.Commits(upstream.commit, upstream.sd_scripts_commit)
     assert checkout.local_changes(place.home.root) == []
-    place.tidy()
+    place.assert_no_leftovers()
 
 
-def test_two_runs_together_end_good_or_name_each_other(place: Place) -> None:
+def test_two_runs_together_end_good_or_name_each_other(place: Testbed) -> None:
     two = [place.start("clone") for _ in range(2)]
     said = [process.communicate()[1] for process in two]
     codes = [process.returncode for process in two]
@@ -93,22 +93,22 @@ def test_two_runs_together_end_good_or_name_each_other(place: Place) -> None:
 
 @pytest.mark.parametrize("answer", [network.silence, network.half_a_page])
 def test_an_index_that_stops_answering_fails_in_time_and_leaves_nothing(
-    answer: network.Answer, place: Place
+    answer: network.Answer, place: Testbed
 ) -> None:
     variables = {"UV_CACHE_DIR": str(place.root / "empty"), "UV_OFFLINE": "0", "UV_FIND_LINKS": ""}
     with network.serving(answer) as port:
-        ran = place.python(RENEW, **variables, **network.only_index(port))
+        ran = place.python(REBUILD, **variables, **network.only_index(port))
 
     assert ran.code == 1
     assert "uv could not install" in ran.err
     assert ran.seconds < network.INDEX_SECONDS * 20
     assert not os.path.lexists(place.home.venv)
-    place.tidy()
-    assert place.python(RENEW).code == 0
+    place.assert_no_leftovers()
+    assert place.python(REBUILD).code == 0
 
 
 def test_a_git_server_that_stops_half_way_fails_in_time_and_the_rerun_ends_good(
-    place: Place, upstream: Upstream
+    place: Testbed, upstream: Upstream
 ) -> None:
     try:
         with network.git_server(upstream.kohya_ss / ".git") as server:
@@ -123,7 +123,7 @@ def test_a_git_server_that_stops_half_way_fails_in_time_and_the_rerun_ends_good(
     assert ran.code == 1
     assert f"sent nothing for {STALL_SECONDS:g} seconds" in ran.err
     assert place.invoke("clone").code == 0
-    place.tidy()
+    place.assert_no_leftovers()
 
 
 @pytest.mark.parametrize("inside", ["", "sd-scripts"])
@@ -132,7 +132,7 @@ def test_a_damaged_repository_is_replaced_and_the_users_file_is_never_written_ov
     what: str, inside: str, upstream: Upstream, tmp_path: Path
 ) -> None:
     chosen = make_settings(tmp_path / "home", url=str(upstream.kohya_ss), commit=upstream.commit)
-    checkout.bring(chosen)
+    checkout.ensure_checkout(chosen)
     tree = chosen.home / inside
     mine = tree / ("train_network.py" if inside else "kohya_gui.py")
     mine.write_text("mine\n")
@@ -140,32 +140,32 @@ def test_a_damaged_repository_is_replaced_and_the_users_file_is_never_written_ov
     damage.DAMAGES[what](tree)
 
     with pytest.raises(UsageError, match=mine.name):
-        checkout.bring(chosen)
+        checkout.ensure_checkout(chosen)
     assert mine.read_text() == "mine\n"
-    checkout.bring(chosen, stash=True)
+    checkout.ensure_checkout(chosen, stash=True)
     assert "+mine" in git(tree, "stash", "show", "--patch")
     assert checkout.local_changes(tree) == []
 
 
-def test_a_lock_with_a_wrong_digest_changes_nothing_and_the_right_one_goes_on(place: Place) -> None:
-    assert place.python(RENEW).code == 0
+def test_a_lock_with_a_wrong_digest_changes_nothing_and_the_right_one_goes_on(place: Testbed) -> None:
+    assert place.python(REBUILD).code == 0
     before, good = generations.active(place.home), place.lock.read_text()
 
     place.lock.write_text(damage.wrong_digest(good, "plain"))
-    ran = place.python(RENEW)
+    ran = place.python(REBUILD)
 
     assert ran.code == 1
     assert "small.txt" in ran.err
     assert generations.active(place.home) == before
     place.active_is_whole()
-    place.tidy()
+    place.assert_no_leftovers()
     place.lock.write_text(good)
-    assert place.python(RENEW).code == 0
+    assert place.python(REBUILD).code == 0
     assert generations.active(place.home) == before
 
 
-def test_status_works_in_a_home_that_cannot_be_written(place: Place) -> None:
-    assert place.python(RENEW).code == 0
+def test_status_works_in_a_home_that_cannot_be_written(place: Testbed) -> None:
+    assert place.python(REBUILD).code == 0
     try:
         with disk.not_writable(place.home.root):
             ran, report = place.told("status")
@@ -176,38 +176,38 @@ def test_status_works_in_a_home_that_cannot_be_written(place: Place) -> None:
     assert report.status("environment") is Status.PASS
 
 
-def test_leftovers_of_a_kill_are_seen(place: Place) -> None:
+def test_leftovers_of_a_kill_are_seen(place: Testbed) -> None:
     """The session would be worth nothing if it overlooked them."""
     place.home.state.mkdir(parents=True)
     for path in (place.home.state / ".receipt.json.new", place.temporary / "something"):
         path.touch()
-        with pytest.raises(Fell, match="temporary files"):
-            place.tidy()
+        with pytest.raises(NotSurvived, match="temporary files"):
+            place.assert_no_leftovers()
         path.unlink()
     (place.home.generations / "half").mkdir(parents=True)
-    with pytest.raises(Fell, match="half-built"):
-        place.tidy()
+    with pytest.raises(NotSurvived, match="half-built"):
+        place.assert_no_leftovers()
     (place.home.generations / "half").rmdir()
     process = place.start_python("import time; time.sleep(60)")
     try:
         while not processes_of(place.home):
             assert process.poll() is None
-        with pytest.raises(Fell, match="processes are left"):
-            place.tidy()
+        with pytest.raises(NotSurvived, match="processes are left"):
+            place.assert_no_leftovers()
     finally:
         process.kill()
         process.communicate()
-    place.tidy()
+    place.assert_no_leftovers()
 
 
-def test_an_environment_that_a_fault_changed_is_seen(place: Place) -> None:
-    with pytest.raises(Fell, match="no complete generation"):
+def test_an_environment_that_a_fault_changed_is_seen(place: Testbed) -> None:
+    with pytest.raises(NotSurvived, match="no complete generation"):
         place.active_is_whole()
-    assert place.python(RENEW).code == 0
+    assert place.python(REBUILD).code == 0
     active = generations.active(place.home)
     assert active
     next(active.venv.glob("lib/python*/site-packages/plain/data")).unlink()
-    with pytest.raises(Fell, match="plain"):
+    with pytest.raises(NotSurvived, match="plain"):
         place.active_is_whole()
 
 
@@ -223,8 +223,8 @@ def test_the_moments_of_kills_cover_every_step_and_the_whole_time() -> None:
     assert sum(bounds[m.step] + m.seconds > 30 for m in moments) >= 7
 
 
-def test_a_try_that_was_not_survived_fails_the_row_with_its_reason(place: Place) -> None:
-    tries = Tries("a fault")
+def test_a_try_that_was_not_survived_fails_the_row_with_its_reason(place: Testbed) -> None:
+    tries = Attempts("a fault")
     with tries.attempt("first", place):
         pass
     with tries.attempt("second", place):
@@ -238,7 +238,7 @@ def test_a_try_that_was_not_survived_fails_the_row_with_its_reason(place: Place)
 
 
 def test_a_fault_that_was_never_tried_does_not_pass() -> None:
-    assert Tries("a fault").done("nothing").check().status is Status.FAIL
+    assert Attempts("a fault").done("nothing").check().status is Status.FAIL
 
 
 @pytest.mark.parametrize("arguments", [["--kills", "x"], ["--only", "earthquake"], ["--unknown"]])

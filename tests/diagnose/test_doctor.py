@@ -14,7 +14,7 @@ from kohya_mps.core import settings
 from kohya_mps.core.report import Report, Status
 from kohya_mps.core.settings import ROOT, Settings
 from kohya_mps.diagnose import doctor
-from kohya_mps.diagnose.doctor import Asked
+from kohya_mps.diagnose.doctor import DoctorOptions
 
 BROKEN = "torch==2.8.0.*\ntorchvision==0.22.*\n-r requirements.txt\n"
 
@@ -34,7 +34,7 @@ def found(report: Report) -> list[str]:
 
 
 def test_before_anything_is_installed_nothing_fails(here: Settings) -> None:
-    report = doctor.examine(here, Asked())
+    report = doctor.examine(here, DoctorOptions())
 
     assert found(report) == ["interrupted-environment"]
     assert report.ok
@@ -45,17 +45,17 @@ def test_contradicting_watermarks_fail_with_what_mends_them(
     here: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.7")
-    report = doctor.examine(here, Asked())
+    report = doctor.examine(here, DoctorOptions())
 
     row = next(check for check in report.checks if check.name == "MPS variables")
     assert row.status is Status.FAIL
     assert "unset PYTORCH_MPS_HIGH_WATERMARK_RATIO" in row.fix
 
     monkeypatch.setenv("PYTORCH_MPS_LOW_WATERMARK_RATIO", "0.5")
-    assert "watermark-ratio" not in found(doctor.examine(here, Asked()))
+    assert "watermark-ratio" not in found(doctor.examine(here, DoctorOptions()))
 
     monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "lots")
-    assert "watermark-ratio" in found(doctor.examine(here, Asked()))
+    assert "watermark-ratio" in found(doctor.examine(here, DoctorOptions()))
 
 
 def test_hf_home_as_a_file_and_other_pythons_are_seen(
@@ -63,7 +63,7 @@ def test_hf_home_as_a_file_and_other_pythons_are_seen(
 ) -> None:
     (tmp_path / "hf").write_text("")
     monkeypatch.setenv("CONDA_PREFIX", "/opt/conda")
-    report = doctor.examine(here, Asked())
+    report = doctor.examine(here, DoctorOptions())
 
     assert {"accelerate-default", "foreign-python-leaks-in"} <= set(found(report))
 
@@ -74,7 +74,7 @@ def test_this_projects_own_environment_is_no_stranger(
 ) -> None:
     monkeypatch.setenv("VIRTUAL_ENV", str(ROOT / ".venv" if link else tmp_path))
 
-    assert ("foreign-python-leaks-in" in found(doctor.examine(here, Asked()))) is not link
+    assert ("foreign-python-leaks-in" in found(doctor.examine(here, DoctorOptions()))) is not link
 
 
 def test_the_default_configuration_that_says_cpu_is_seen(
@@ -86,13 +86,13 @@ def test_the_default_configuration_that_says_cpu_is_seen(
     default = tmp_path / "hf" / "accelerate" / "default_config.yaml"
     default.parent.mkdir(parents=True)
     default.write_text('{"use_cpu": true}')
-    machine: doctor.Machine = doctor.examine(here, Asked()).extra["machine"]
+    machine: doctor.MachineFacts = doctor.examine(here, DoctorOptions()).extra["machine"]
 
     assert machine.default_use_cpu is True
     facts = msgspec.structs.asdict(machine)
-    mac = preflight.situation_of(here, "mps")
+    mac = preflight.target_for(here, "mps")
     assert "cpu-without-a-word" in [
-        f.failure.id for f in catalogue.ahead(catalogue.known(), "environment", facts, mac)
+        f.failure.id for f in catalogue.matching(catalogue.known(), "environment", facts, mac)
     ]
 
 
@@ -101,7 +101,7 @@ def test_a_home_with_a_space_is_pointed_out(
 ) -> None:
     spaced = msgspec.structs.replace(here, home=tmp_path / "my tools")
 
-    assert "spaces-in-the-path" in found(doctor.examine(spaced, Asked()))
+    assert "spaces-in-the-path" in found(doctor.examine(spaced, DoctorOptions()))
 
 
 def repository(path: Path, requirements: str) -> str:
@@ -123,7 +123,7 @@ def test_online_says_whether_upstreams_file_is_mended(
 ) -> None:
     monkeypatch.setenv("UV_OFFLINE", "1")
     url = repository(tmp_path / "upstream", requirements)
-    report = doctor.examine(msgspec.structs.replace(here, url=url), Asked(online=True))
+    report = doctor.examine(msgspec.structs.replace(here, url=url), DoctorOptions(online=True))
 
     assert report.extra["machine"].repository_reached
     assert report.extra["machine"].upstream_pair_broken is broken
@@ -134,7 +134,9 @@ def test_a_repository_that_does_not_answer_fails(
     tmp_path: Path, here: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UV_OFFLINE", "1")
-    report = doctor.examine(msgspec.structs.replace(here, url=str(tmp_path / "none")), Asked(online=True))
+    report = doctor.examine(
+        msgspec.structs.replace(here, url=str(tmp_path / "none")), DoctorOptions(online=True)
+    )
 
     assert not report.ok
     assert "no-network" in found(report)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from kohya_mps.diagnose.estimate import estimate, models, trained_parameters
-from kohya_mps.trainer_config.trainer_options import Training
+from kohya_mps.trainer_config.trainer_options import TrainerOptions
 
-LORA = Training(
+LORA = TrainerOptions(
     network_module="networks.lora", network_dim=16, resolution="512,512", sdpa=True, cache_latents=True
 )
 
 
-def peak(training: Training, family: str = "sd15", device: str = "mps") -> float:
+def peak(training: TrainerOptions, family: str = "sd15", device: str = "mps") -> float:
     found = estimate(training, "train_network.py", family, None, None, device).peak_gb
     assert found is not None
     return found
 
 
-def changed(**values: object) -> Training:
+def changed(**values: object) -> TrainerOptions:
     from msgspec.structs import replace
 
     return replace(LORA, **values)

@@ -19,11 +19,11 @@ from kohya_mps.core import machine, settings
 from kohya_mps.core.errors import KohyaError, UsageError
 from kohya_mps.core.report import Report, Status, to_json
 from kohya_mps.diagnose import preflight
-from kohya_mps.diagnose.preflight import Question
+from kohya_mps.diagnose.preflight import PreflightOptions
 from kohya_mps.install import training_step
 from kohya_mps.install.generations import Generation
 from kohya_mps.trainer_config.autofix import Change
-from kohya_mps.trainer_config.trainer_options import Training
+from kohya_mps.trainer_config.trainer_options import TrainerOptions
 from tests.support.world import World
 
 HERE = settings.load()
@@ -35,7 +35,7 @@ def world(tmp_path: Path) -> World:
 
 
 def judged(file: Path, **asked: Any) -> Report:
-    return preflight.check(HERE, Question(file, **{"device": "mps", **asked}))
+    return preflight.check(HERE, PreflightOptions(file, **{"device": "mps", **asked}))
 
 
 def rows(report: Report, status: Status) -> list[str]:
@@ -67,7 +67,7 @@ def test_the_training_steps_own_settings_pass_clean(network: str, optimizer: str
         world.root / "checkout",
         model,
         world.root / "run",
-        training_step.Options(network, optimizer),
+        training_step.TrainingStepOptions(network, optimizer),
     )
     text = shlex.join(command).replace(f"{model}/model ", f"{model}/model.safetensors ")
 
@@ -119,11 +119,11 @@ def test_a_picture_that_cannot_be_read_is_named(world: World) -> None:
 def test_the_device_is_the_machines_unless_another_is_named(world: World) -> None:
     file = world.toml(mixed_precision="bf16")
 
-    assert preflight.check(HERE, Question(file, device="cuda")).ok
-    assert not preflight.check(HERE, Question(file, device="mps")).ok
-    assert preflight.check(HERE, Question(file)).extra["device"] == machine.expected_device()
+    assert preflight.check(HERE, PreflightOptions(file, device="cuda")).ok
+    assert not preflight.check(HERE, PreflightOptions(file, device="mps")).ok
+    assert preflight.check(HERE, PreflightOptions(file)).extra["device"] == machine.expected_device()
     with pytest.raises(UsageError, match="accepted: mps, cuda, cpu"):
-        preflight.check(HERE, Question(file, device="tpu"))
+        preflight.check(HERE, PreflightOptions(file, device="tpu"))
 
 
 def test_a_report_never_claims_a_device_that_is_not_here(world: World) -> None:
@@ -133,14 +133,14 @@ def test_a_report_never_claims_a_device_that_is_not_here(world: World) -> None:
 
 
 def test_what_is_typed_becomes_the_question() -> None:
-    asked = preflight.question("a.toml", "mps", "16", "sdxl_train_network.py", "b.toml")
+    asked = preflight.parse_flags("a.toml", "mps", "16", "sdxl_train_network.py", "b.toml")
 
-    assert asked == Question(
+    assert asked == PreflightOptions(
         Path("a.toml"), device="mps", trainer="sdxl_train_network.py", memory_gb=16.0, fix=Path("b.toml")
     )
     for wrong in ("lots", "-1", "nan", "0"):
         with pytest.raises(UsageError, match="--memory"):
-            preflight.question("a.toml", "", wrong, "", "")
+            preflight.parse_flags("a.toml", "", wrong, "", "")
 
 
 @pytest.mark.upstream
@@ -322,7 +322,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-names = st.sampled_from(sorted(Training.__struct_fields__)) | st.sampled_from(
+names = st.sampled_from(sorted(TrainerOptions.__struct_fields__)) | st.sampled_from(
     ["LoRA_type", "optimizer", "sdxl", "epoch", "max_resolution", "additional_parameters", "flux1_checkbox"]
 )
 fuzz = hypothesis_settings(
@@ -336,7 +336,7 @@ def judged_or_refused(file: Path) -> None:
     out.unlink(missing_ok=True)
     for device in ("mps", "cuda"):
         try:
-            to_json(preflight.check(HERE, Question(file, device=device, fix=out, base=file.parent)))
+            to_json(preflight.check(HERE, PreflightOptions(file, device=device, fix=out, base=file.parent)))
         except KohyaError as error:
             assert str(error)
         out.unlink(missing_ok=True)
@@ -408,7 +408,7 @@ def test_bf16_is_refused_on_a_mac_whose_system_is_too_old_for_the_profile(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latest = settings.load(profile="latest")
-    asked = Question(world.toml(mixed_precision="bf16"), device="mps")
+    asked = PreflightOptions(world.toml(mixed_precision="bf16"), device="mps")
     for version, failures in (("13.6.1", ["bf16"]), ("15.1", []), ("", [])):
         monkeypatch.setattr(
             "kohya_mps.diagnose.preflight.platform.mac_ver",

@@ -19,7 +19,7 @@ from playwright.sync_api import ConsoleMessage, Locator, Page, Route, sync_playw
 
 from devtools import sandbox
 from kohya_mps.core import machine, settings
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import PROBES, ROOT, Settings
 from kohya_mps.diagnose import preflight
@@ -131,15 +131,15 @@ def wait_until(
 @pytest.fixture(scope="module")
 def chosen() -> Settings:
     """The throw-away installation, with the web page in it."""
-    apart = msgspec.structs.replace(settings.load(), home=sandbox.PLACE.with_name("gui"))
-    report = setup.setup(apart, setup.Wanted(train_step=False, gui=True))
+    apart = msgspec.structs.replace(settings.load(), home=sandbox.SANDBOX.with_name("gui"))
+    report = setup.setup(apart, setup.SetupOptions(train_step=False, gui=True))
     assert report.ok, report.checks
     return apart
 
 
 @pytest.fixture(scope="module")
 def generation(chosen: Settings) -> Generation:
-    return setup.installed(Home(chosen.home))
+    return setup.installed(Installation(chosen.home))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_lora_is_trained_from_the_page(
 ) -> None:
     """The forms are the device's, a saved configuration is sound, and *Start training* trains."""
     shrink_the_unet(chosen.home)
-    model = training_step.prepare_model(generation, Home(chosen.home).verification, "sd15", "small")
+    model = training_step.prepare_model(generation, Installation(chosen.home).verification, "sd15", "small")
     output, saved = tmp_path / "output", tmp_path / "saved" / "mine.json"
     saved.parent.mkdir()
     browser.unfold("Configuration", "Accelerate launch", "Parameters", "Advanced")
@@ -241,7 +241,7 @@ def test_a_lora_is_trained_from_the_page(
     browser.fill("Load/Save Config file", saved)
     browser.press("💾")
     browser.wait_until(saved.exists, 60)
-    judged = preflight.check(chosen, preflight.Question(saved))
+    judged = preflight.check(chosen, preflight.PreflightOptions(saved))
     assert not [check for check in judged.checks if check.status in (Status.FAIL, Status.WARN)]
 
     browser.press("Start training")

@@ -22,7 +22,7 @@ import pytest
 
 from kohya_mps.core import machine, settings
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import GUI_PRESETS, ROOT, Settings
 from kohya_mps.diagnose import preflight
@@ -71,7 +71,7 @@ STAND_INS = {
 def make_installation(root: Path, *, gui: bool = True) -> Settings:
     """A home with a checkout and an active generation, whose path is one that a shell would split."""
     chosen = make_settings(root / "a home of 'mine'")
-    home = Home(chosen.home)
+    home = Installation(chosen.home)
     generation = Generation(home.generations / "small")
     venv.create(generation.venv, symlinks=True)
     for name, text in STAND_INS.items():
@@ -94,7 +94,7 @@ def installation(tmp_path: Path) -> Settings:
 
 
 def generation_of(chosen: Settings) -> Generation:
-    return Generation(Home(chosen.home).generations / "small")
+    return Generation(Installation(chosen.home).generations / "small")
 
 
 def free_port() -> int:
@@ -160,7 +160,7 @@ def test_forms_of_ones_own_are_taken(installation: Settings, tmp_path: Path) -> 
     started.end()
     assert rest[rest.index("--config") + 1] == str(tmp_path / "mine.toml")
     with pytest.raises(UsageError, match="there is no such file"):
-        serve.serve(installation, serve.Wanted(config=str(tmp_path / "nothing.toml")))
+        serve.serve(installation, serve.ServeOptions(config=str(tmp_path / "nothing.toml")))
 
 
 def test_the_page_gets_a_scrubbed_environment_and_upstreams_own_switches(
@@ -174,7 +174,7 @@ def test_the_page_gets_a_scrubbed_environment_and_upstreams_own_switches(
     started = Started(installation, tmp_path / "log", **leaks)
     told = started.told()
     started.end()
-    environ, home = told["environ"], Home(installation.home)
+    environ, home = told["environ"], Installation(installation.home)
     assert not {"PYTHONPATH", "CONDA_PREFIX", "ACCELERATE_USE_CPU"} & environ.keys()
     assert not {"GRADIO_SERVER_NAME", "GRADIO_ALLOWED_PATHS"} & environ.keys()
     assert environ["GRADIO_ANALYTICS_ENABLED"] == "False"
@@ -191,7 +191,7 @@ def test_the_page_gets_a_scrubbed_environment_and_upstreams_own_switches(
 
 def test_what_the_page_calls_accelerate_launches_with_our_configuration(installation: Settings) -> None:
     generation = generation_of(installation)
-    place = serve.write_accelerate(Home(installation.home), generation)
+    place = serve.write_accelerate(Installation(installation.home), generation)
     given = ["launch", "--mixed_precision", "no", "a script.py", "--config_file", "with 'quotes'.toml"]
     done = subprocess.run([place / "accelerate", *given], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [
@@ -204,7 +204,7 @@ def test_what_the_page_calls_accelerate_launches_with_our_configuration(installa
 
 def test_the_forms_open_with_the_launchs_precision_and_what_config_says(installation: Settings) -> None:
     chosen = settings.load_gui()
-    path = serve.write_forms(Home(installation.home), generation_of(installation), chosen)
+    path = serve.write_forms(Installation(installation.home), generation_of(installation), chosen)
     forms = tomllib.loads(path.read_text(encoding="utf-8"))
     assert forms["accelerate_launch"]["mixed_precision"] == "bf16"
     assert forms["folders"]["output_dir"] == str(installation.home / "outputs")
@@ -223,19 +223,19 @@ def test_a_port_that_is_taken_is_an_error_that_names_another(installation: Setti
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port} is in use") as told:
-            serve.serve(installation, serve.Wanted(port=str(port)))
+            serve.serve(installation, serve.ServeOptions(port=str(port)))
     assert "invoke gui --port" in told.value.fix
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "web", "-1", "٣"])
 def test_a_port_that_is_none_is_refused(installation: Settings, port: str) -> None:
     with pytest.raises(UsageError, match="is no port"):
-        serve.serve(installation, serve.Wanted(port=port))
+        serve.serve(installation, serve.ServeOptions(port=port))
 
 
 def test_an_address_of_another_machine_is_refused(installation: Settings) -> None:
     with pytest.raises(UsageError, match=r"has no address '192\.0\.2\.1'"):
-        serve.serve(installation, serve.Wanted(port=str(free_port()), listen="192.0.2.1"))
+        serve.serve(installation, serve.ServeOptions(port=str(free_port()), listen="192.0.2.1"))
 
 
 def test_another_address_is_taken_with_a_warning(installation: Settings, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_page_that_ends_by_itself_is_a_failure_with_its_last_words(
 ) -> None:
     monkeypatch.setenv("PAGE_FAILS", "1")
     with pytest.raises(StepFailed, match="ended with 1: the page has had enough"):
-        serve.serve(installation, serve.Wanted(port=str(free_port())))
+        serve.serve(installation, serve.ServeOptions(port=str(free_port())))
 
 
 def test_a_page_that_does_not_answer_is_ended(
@@ -265,7 +265,7 @@ def test_a_page_that_does_not_answer_is_ended(
     monkeypatch.setattr(serve, "load_gui", lambda: short)
     port = free_port()
     with pytest.raises(StepFailed, match="did not answer"):
-        serve.serve(installation, serve.Wanted(port=str(port)))
+        serve.serve(installation, serve.ServeOptions(port=str(port)))
     socket.create_server(("127.0.0.1", port)).close()
 
 
@@ -278,7 +278,7 @@ def small_with_page(small: Small) -> Small:
 
 def built(chosen: Settings, *, page: bool) -> Generation:
     generation = environment.build(chosen, environment.plan(chosen, gui=page))
-    activate(Home(chosen.home), generation)
+    activate(Installation(chosen.home), generation)
     return generation
 
 
@@ -288,8 +288,8 @@ def test_the_page_is_one_more_lock_and_stays_until_it_is_asked_away(small: Small
     assert inventory.versions(with_page.venv) == {**inventory.versions(trainer.venv), "page": "3.0"}
 
     assert environment.plan(chosen).usable == with_page
-    assert environment.renew(chosen).extra["generation"] == with_page.name
-    Home(chosen.home).venv.unlink()
+    assert environment.rebuild(chosen).extra["generation"] == with_page.name
+    Installation(chosen.home).venv.unlink()
     assert environment.plan(chosen).usable == with_page
 
     assert built(chosen, page=False) == trainer
@@ -325,19 +325,19 @@ def test_rollback_goes_back_to_the_environment_before_the_page(small: Small) -> 
 
 def test_both_flags_at_once_are_refused() -> None:
     with pytest.raises(UsageError, match="both given"):
-        setup.Wanted().with_page(gui=True, no_gui=True)
+        setup.SetupOptions().with_gui(gui=True, no_gui=True)
     flags = ((True, False), (False, True), (False, False))
-    asked = [setup.Wanted().with_page(gui, no_gui).gui for gui, no_gui in flags]
+    asked = [setup.SetupOptions().with_gui(gui, no_gui).gui for gui, no_gui in flags]
     assert asked == [True, False, None]
 
 
 def test_an_environment_without_the_page_names_the_command_that_installs_it(tmp_path: Path) -> None:
     bare = make_installation(tmp_path, gui=False)
     with pytest.raises(UsageError, match="without the web page") as told:
-        serve.serve(bare, serve.Wanted())
+        serve.serve(bare, serve.ServeOptions())
     assert "invoke setup --gui" in told.value.fix
     with pytest.raises(UsageError, match="no environment of the profile 'latest'") as told:
-        serve.serve(bare, serve.Wanted(profile="latest"))
+        serve.serve(bare, serve.ServeOptions(profile="latest"))
     assert "KOHYA_PROFILE=latest invoke setup --gui" in told.value.fix
 
 
@@ -358,8 +358,8 @@ def test_the_users_own_presets_stay_and_ours_are_offered(installation: Settings)
     place.mkdir(parents=True)
     names = sorted(preset.name for preset in GUI_PRESETS.glob("*.json"))
     (place / names[0]).write_text("mine")
-    serve.offer_presets(Home(installation.home))
-    serve.offer_presets(Home(installation.home))
+    serve.offer_presets(Installation(installation.home))
+    serve.offer_presets(Installation(installation.home))
     assert (place / names[0]).read_text() == "mine"
     assert (place / names[1]).read_bytes() == (GUI_PRESETS / names[1]).read_bytes()
     assert sorted(entry.name for entry in place.iterdir()) == names
@@ -370,12 +370,12 @@ def test_what_the_page_leaves_in_the_checkout_is_not_taken_for_the_users(install
     (root / ".gitignore").write_text("presets/*/user_presets/*\nsetup.log\noutputs\n")
     subprocess.run(["git", "-C", root, "add", "kohya_gui.py", ".gitignore"], check=True)
     subprocess.run(["git", "-C", root, "commit", "--quiet", "-m", "upstream"], check=True)
-    serve.offer_presets(Home(root))
+    serve.offer_presets(Installation(root))
     (root / "setup.log").write_text("said")
     (root / "outputs").mkdir()
     (root / "outputs" / "mine.safetensors").write_text("mine")
     (root / serve.USER_PRESETS / "mine.json").write_text("{}")
-    found = [name for name in checkout.belongings(Home(root)) if not name.startswith("branch")]
+    found = [name for name in checkout.user_files(Installation(root)) if not name.startswith("branch")]
     assert sorted(found) == ["outputs/mine.safetensors", f"{serve.USER_PRESETS}/mine.json"]
 
 
@@ -391,7 +391,7 @@ def test_a_preset_is_sound_on_mps(preset: Path, profile: str, tmp_path: Path) ->
         "output_dir": str(tmp_path / "out"),
     }
     saved = world.write("saved.json", json.dumps({**json.loads(preset.read_text()), **files}))
-    question = preflight.Question(saved, device="mps", memory_gb=32)
+    question = preflight.PreflightOptions(saved, device="mps", memory_gb=32)
     chosen = make_settings(tmp_path / "home", profile=settings.load_profile(profile))
     judged = preflight.check(chosen, question)
     wrong = [check.detail for check in judged.checks if check.status in (Status.FAIL, Status.WARN)]

@@ -15,11 +15,11 @@ import msgspec
 import pytest
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import checkout
-from kohya_mps.install.checkout import Commits, bring, clone, local_changes, present
+from kohya_mps.install.checkout import Commits, clone, ensure_checkout, local_changes, present
 from tests.support.installs import Upstream, git, make_settings, make_upstream
 
 
@@ -38,7 +38,7 @@ def from_url(settings: Settings, url: str) -> Settings:
 
 def check_is_good(settings: Settings, upstream: Upstream) -> None:
     """Both trees stand at the pin with every file as committed, and git finds nothing wrong."""
-    home = Home(settings.home)
+    home = Installation(settings.home)
     assert present(home) == Commits(upstream.commit, upstream.sd_scripts_commit)
     for tree in (home.root, home.sd_scripts):
         assert git(tree, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all") == ""
@@ -46,7 +46,7 @@ def check_is_good(settings: Settings, upstream: Upstream) -> None:
     assert (home.sd_scripts / "train_network.py").read_text() == "print('trainer')\n"
     assert (home.root / "docs" / "Größe 1.txt").is_file()
     assert not list(home.state.glob("moving-*"))
-    bring(settings)
+    ensure_checkout(settings)
 
 
 def test_a_fresh_clone_has_both_trees_at_their_commits(settings: Settings, upstream: Upstream) -> None:
@@ -60,9 +60,9 @@ def test_a_fresh_clone_has_both_trees_at_their_commits(settings: Settings, upstr
 
 
 def test_a_second_run_changes_nothing_and_needs_no_network(settings: Settings) -> None:
-    first = bring(settings)
+    first = ensure_checkout(settings)
     before = {path: path.lstat().st_mtime_ns for path in settings.home.rglob("*") if ".git" not in path.parts}
-    assert bring(from_url(settings, "/nowhere")) == first
+    assert ensure_checkout(from_url(settings, "/nowhere")) == first
     after = {path: path.lstat().st_mtime_ns for path in settings.home.rglob("*") if ".git" not in path.parts}
     assert after == before
 
@@ -76,19 +76,19 @@ def test_a_server_that_gives_no_single_commits_is_asked_for_everything(
     )
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     old = at(from_url(settings, f"file://{upstream.kohya_ss}"), upstream.old)
-    assert bring(old) == Commits(upstream.old, upstream.old_sd_scripts)
+    assert ensure_checkout(old) == Commits(upstream.old, upstream.old_sd_scripts)
     # The other way round: everything is there already, and nothing is fetched.
-    assert bring(at(from_url(settings, "/nowhere"), upstream.commit)).kohya_ss == upstream.commit
+    assert ensure_checkout(at(from_url(settings, "/nowhere"), upstream.commit)).kohya_ss == upstream.commit
 
 
 def test_a_shallow_checkout_is_completed_where_the_server_gives_no_single_commits(
     settings: Settings, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     assert (settings.home / ".git" / "shallow").exists()
     (tmp_path / "gitconfig").write_text('[protocol]\nversion = 0\n[protocol "file"]\nallow = always\n')
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
-    assert bring(at(settings, upstream.old)).kohya_ss == upstream.old
+    assert ensure_checkout(at(settings, upstream.old)).kohya_ss == upstream.old
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -97,14 +97,14 @@ def test_a_commit_that_the_repository_lacks_is_told(
 ) -> None:
     url = f"{scheme}{upstream.kohya_ss}"
     with pytest.raises(UsageError, match="has no commit " + "d" * 40) as caught:
-        bring(at(from_url(settings, url), "d" * 40))
+        ensure_checkout(at(from_url(settings, url), "d" * 40))
     assert "KOHYA_COMMIT" in caught.value.fix
     check_is_good_after(settings, upstream)
 
 
 def check_is_good_after(settings: Settings, upstream: Upstream) -> None:
     """A failed run leaves nothing that the next one stumbles over."""
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
@@ -116,7 +116,7 @@ def test_a_commit_of_another_project_is_told(settings: Settings, tmp_path: Path)
     git(other, "add", "-A")
     git(other, "commit", "--quiet", "-m", "other")
     with pytest.raises(UsageError, match="no commit of kohya_ss"):
-        bring(at(from_url(settings, str(other)), git(other, "rev-parse", "HEAD")))
+        ensure_checkout(at(from_url(settings, str(other)), git(other, "rev-parse", "HEAD")))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_an_address_that_does_not_answer_is_told_with_the_remedy(
     url: str, settings: Settings, upstream: Upstream
 ) -> None:
     with pytest.raises(StepFailed, match="cannot be fetched") as caught:
-        bring(from_url(settings, url))
+        ensure_checkout(from_url(settings, url))
     assert url in caught.value.what
     assert "KOHYA_REPO_URL" in caught.value.fix
     check_is_good_after(settings, upstream)
@@ -159,7 +159,7 @@ def test_a_server_that_stops_answering_is_given_up(
 ) -> None:
     started = time.monotonic()
     with pytest.raises(StepFailed, match="sent nothing for 1 seconds"):
-        bring(msgspec.structs.replace(settings, url=silent_server, network_stall_seconds=1.0))
+        ensure_checkout(msgspec.structs.replace(settings, url=silent_server, network_stall_seconds=1.0))
     assert time.monotonic() - started < 10
     check_is_good_after(settings, upstream)
 
@@ -173,7 +173,7 @@ def test_the_submodules_address_follows_the_users_insteadof(
     (tmp_path / "gitconfig").write_text(config)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     settings = make_settings(tmp_path / "home", url="https://hub.invalid/kohya_ss", commit=there.commit)
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, there)
 
 
@@ -183,7 +183,7 @@ def test_a_relative_address_of_the_submodule_is_taken_from_the_repositorys(
 ) -> None:
     there = make_upstream(tmp_path / "up", address)
     settings = make_settings(tmp_path / "home", url=str(there.kohya_ss), commit=there.commit)
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, there)
 
 
@@ -193,56 +193,56 @@ def test_a_submodule_from_a_local_path_needs_the_users_consent_as_git_wants_it(
     (tmp_path / "gitconfig").write_text("[user]\nname = x\nemail = x@y.invalid\n")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     with pytest.raises(StepFailed, match="transport 'file' not allowed"):
-        bring(settings)
+        ensure_checkout(settings)
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", "protocol.file.allow")
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", "always")
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
 def test_a_clean_checkout_is_moved_to_another_pin_and_back(settings: Settings, upstream: Upstream) -> None:
-    assert bring(at(settings, upstream.old)) == Commits(upstream.old, upstream.old_sd_scripts)
+    assert ensure_checkout(at(settings, upstream.old)) == Commits(upstream.old, upstream.old_sd_scripts)
     assert (settings.home / "dropped.txt").exists()
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
     assert not (settings.home / "dropped.txt").exists()
     # Rollback needs the commits that were checked out before, without a network.
     git(settings.home, "gc", "--quiet", "--prune=now")
-    assert bring(at(from_url(settings, "/nowhere"), upstream.old)).kohya_ss == upstream.old
+    assert ensure_checkout(at(from_url(settings, "/nowhere"), upstream.old)).kohya_ss == upstream.old
 
 
 def test_local_changes_are_refused_with_their_names_and_left_as_they_are(
     settings: Settings, upstream: Upstream
 ) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     (settings.home / "kohya_gui.py").write_text("mine\n")
     (settings.home / "stays.txt").unlink()
     git(settings.home, "mv", "dropped.txt", "a renamed file.txt")
     with pytest.raises(UsageError) as caught:
-        bring(settings)
+        ensure_checkout(settings)
     for name in ("kohya_gui.py", "stays.txt", "dropped.txt", "a renamed file.txt"):
         assert f"    {name}\n" in caught.value.what + "\n"
     assert "--stash" in caught.value.fix
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
-    assert present(Home(settings.home)) == Commits(upstream.old, upstream.old_sd_scripts)
+    assert present(Installation(settings.home)) == Commits(upstream.old, upstream.old_sd_scripts)
 
 
 def test_many_local_changes_are_counted(settings: Settings, upstream: Upstream, tmp_path: Path) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     for n in range(25):
         (settings.home / f"{n:02}.txt").write_text("")
     git(settings.home, "add", "-A", ":!sd-scripts")
     with pytest.raises(UsageError, match="and 5 more"):
-        bring(settings)
+        ensure_checkout(settings)
 
 
 def test_local_changes_of_either_tree_are_put_away_when_asked(settings: Settings, upstream: Upstream) -> None:
-    bring(at(settings, upstream.old))
-    sd_scripts = Home(settings.home).sd_scripts
+    ensure_checkout(at(settings, upstream.old))
+    sd_scripts = Installation(settings.home).sd_scripts
     (settings.home / "kohya_gui.py").write_text("mine\n")
     (sd_scripts / "train_network.py").write_text("mine too\n")
-    bring(settings, stash=True)
+    ensure_checkout(settings, stash=True)
     check_is_good(settings, upstream)
     for tree, name, text in (
         (settings.home, "kohya_gui.py", "mine"),
@@ -255,55 +255,55 @@ def test_local_changes_of_either_tree_are_put_away_when_asked(settings: Settings
 def test_changes_are_put_away_for_a_user_without_a_name(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     (settings.home / "kohya_gui.py").write_text("mine\n")
     (tmp_path / "gitconfig").write_text("[user]\nuseConfigOnly = true\n")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
-    bring(settings, stash=True)
+    ensure_checkout(settings, stash=True)
     assert git(settings.home, "show", "stash@{0}:kohya_gui.py") == "mine"
 
 
 def test_untracked_and_ignored_files_survive_a_move(settings: Settings, upstream: Upstream) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     kept = [
         settings.home / "my lora.safetensors",
         settings.home / "venv" / "file",
-        Home(settings.home).sd_scripts / "mine",
+        Installation(settings.home).sd_scripts / "mine",
     ]
     for path in kept:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    bring(settings, stash=True)
+    ensure_checkout(settings, stash=True)
     assert all(path.read_text() == "mine" for path in kept)
 
 
 def test_an_untracked_file_in_the_way_is_named_and_kept(settings: Settings, upstream: Upstream) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     (settings.home / "docs").mkdir()
     mine = settings.home / "docs" / "Größe 1.txt"
     mine.write_text("mine\n")
     with pytest.raises(UsageError, match="cannot switch"):
-        bring(settings)
+        ensure_checkout(settings)
     assert mine.read_text() == "mine\n"
     mine.rename(settings.home / "mine.txt")
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
 def test_a_commit_of_the_users_that_no_branch_holds_gets_one(settings: Settings, upstream: Upstream) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     (settings.home / "mine.txt").write_text("mine\n")
     git(settings.home, "add", "mine.txt")
     git(settings.home, "commit", "--quiet", "-m", "my work")
     mine = git(settings.home, "rev-parse", "HEAD")
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
     assert git(settings.home, "rev-parse", f"kept-{mine[:12]}") == mine
 
 
 def test_the_pins_own_commits_get_no_branch(settings: Settings, upstream: Upstream) -> None:
-    bring(at(settings, upstream.old))
-    bring(settings)
+    ensure_checkout(at(settings, upstream.old))
+    ensure_checkout(settings)
     assert git(settings.home, "branch", "--list", "kept-*") == ""
 
 
@@ -321,8 +321,8 @@ def test_a_users_own_clone_is_taken_over_with_its_branches_and_history(
     settings: Settings, upstream: Upstream
 ) -> None:
     user_clone(upstream, settings.home, upstream.old)
-    assert (Home(settings.home).sd_scripts / ".git").is_file()
-    bring(settings)
+    assert (Installation(settings.home).sd_scripts / ".git").is_file()
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
     assert git(settings.home, "rev-parse", "mine") == upstream.old
     assert git(settings.home, "rev-list", "--count", "main") == "2"
@@ -336,7 +336,7 @@ def test_a_users_complete_clone_does_not_become_a_shallow_one(tmp_path: Path) ->
     git(there.kohya_ss, "add", "later.txt")
     git(there.kohya_ss, "commit", "--quiet", "-m", "later")
     later = git(there.kohya_ss, "rev-parse", "HEAD")
-    bring(make_settings(home, url=str(there.kohya_ss), commit=later))
+    ensure_checkout(make_settings(home, url=str(there.kohya_ss), commit=later))
     assert git(home, "rev-list", "--count", "HEAD") == "3"
     assert not (home / ".git" / "shallow").exists()
 
@@ -349,18 +349,18 @@ def test_another_projects_repository_is_refused_and_left_alone(settings: Setting
     git(settings.home, "commit", "--quiet", "-m", "thesis")
     before = git(settings.home, "rev-parse", "HEAD")
     with pytest.raises(UsageError, match="none of kohya_ss"):
-        bring(settings, stash=True)
+        ensure_checkout(settings, stash=True)
     assert git(settings.home, "rev-parse", "HEAD") == before
     assert (settings.home / "thesis.tex").read_text() == "mine"
 
 
 def test_files_where_the_submodule_belongs_are_refused(settings: Settings) -> None:
-    Home(settings.home).sd_scripts.mkdir(parents=True)
-    (Home(settings.home).sd_scripts / "mine.py").write_text("mine")
+    Installation(settings.home).sd_scripts.mkdir(parents=True)
+    (Installation(settings.home).sd_scripts / "mine.py").write_text("mine")
     with pytest.raises(UsageError, match=r"mine\.py") as caught:
-        bring(settings)
+        ensure_checkout(settings)
     assert "mv " in caught.value.fix
-    assert (Home(settings.home).sd_scripts / "mine.py").read_text() == "mine"
+    assert (Installation(settings.home).sd_scripts / "mine.py").read_text() == "mine"
 
 
 def test_a_home_inside_another_repository_never_touches_that_one(upstream: Upstream, tmp_path: Path) -> None:
@@ -380,12 +380,12 @@ def test_a_home_inside_another_repository_never_touches_that_one(upstream: Upstr
         )
 
     before = state()
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
     shutil.rmtree(settings.home / "sd-scripts" / ".git")
     (settings.home / ".git" / "HEAD").unlink()
     with pytest.raises(UsageError, match="holds files but is no git working tree"):
-        bring(settings)
+        ensure_checkout(settings)
     assert state() == before
 
 
@@ -394,20 +394,20 @@ def test_git_is_told_nothing_of_the_users_active_repository(
 ) -> None:
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
-    bring(settings)
+    ensure_checkout(settings)
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name)
     check_is_good(settings, upstream)
 
 
 def test_what_stands_there_is_told_without_a_checkout_too(settings: Settings, upstream: Upstream) -> None:
-    home = Home(settings.home)
+    home = Installation(settings.home)
     assert present(home) is None
-    bring(settings)
+    ensure_checkout(settings)
     assert present(home) == Commits(upstream.commit, upstream.sd_scripts_commit)
     shutil.rmtree(home.sd_scripts)
     assert present(home) is None
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
@@ -462,17 +462,17 @@ SLIGHT_DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_repository_is_made_anew_and_the_old_one_kept(
     what: str, tree: str, settings: Settings, upstream: Upstream
 ) -> None:
-    bring(at(settings, upstream.old))
-    path = settings.home if tree == "kohya_ss" else Home(settings.home).sd_scripts
+    ensure_checkout(at(settings, upstream.old))
+    path = settings.home if tree == "kohya_ss" else Installation(settings.home).sd_scripts
     (path / "untracked.safetensors").write_text("mine")
     DAMAGES[what](path / ".git")
     try:
-        bring(settings)
+        ensure_checkout(settings)
     except UsageError as refused:
         # Where HEAD is lost nobody can tell the old commit's files from the user's changes.
         assert "HEAD" in what
         assert "has local changes" in refused.what
-        bring(settings, stash=True)
+        ensure_checkout(settings, stash=True)
     check_is_good(settings, upstream)
     assert (path / "untracked.safetensors").read_text() == "mine"
     assert (path / ".git.damaged").is_dir()
@@ -483,14 +483,14 @@ def test_a_damaged_repository_is_made_anew_and_the_old_one_kept(
 def test_what_the_user_changed_is_still_his_after_a_repair(
     what: str, settings: Settings, upstream: Upstream
 ) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     (settings.home / "kohya_gui.py").write_text("mine\n")
     DAMAGES[what](settings.home / ".git")
     with pytest.raises(UsageError, match=r"local changes:\n    kohya_gui\.py"):
-        bring(settings)
+        ensure_checkout(settings)
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
     assert (settings.home / ".git.damaged").exists()
-    bring(settings, stash=True)
+    ensure_checkout(settings, stash=True)
     assert git(settings.home, "show", "stash@{0}:kohya_gui.py") == "mine"
 
 
@@ -502,25 +502,25 @@ def test_a_slightly_damaged_repository_is_mended_and_changes_are_still_the_users
 ) -> None:
     if made_by == "the user":
         user_clone(upstream, settings.home, upstream.commit)
-    bring(settings)
-    path = settings.home if tree == "kohya_ss" else Home(settings.home).sd_scripts
+    ensure_checkout(settings)
+    path = settings.home if tree == "kohya_ss" else Installation(settings.home).sd_scripts
     name = git(path, "ls-files", "*.py").split()[0]
     changed = path / name
     changed.write_text("mine\n")
     SLIGHT_DAMAGES[what](Path(git(path, "rev-parse", "--absolute-git-dir")))
     with pytest.raises(UsageError, match=rf"local changes:\n    {name}"):
-        bring(settings)
+        ensure_checkout(settings)
     assert changed.read_text() == "mine\n"
-    bring(settings, stash=True)
+    ensure_checkout(settings, stash=True)
     check_is_good(settings, upstream)
     assert not list(settings.home.rglob(".git.damaged*"))
 
 
 def test_a_second_damage_keeps_the_first_repository_too(settings: Settings, upstream: Upstream) -> None:
     for _ in range(2):
-        bring(settings)
+        ensure_checkout(settings)
         (settings.home / ".git" / "HEAD").unlink()
-    bring(settings)
+    ensure_checkout(settings)
     assert (settings.home / ".git.damaged.2").is_dir()
     check_is_good(settings, upstream)
 
@@ -528,14 +528,14 @@ def test_a_second_damage_keeps_the_first_repository_too(settings: Settings, upst
 def test_a_damaged_repository_is_not_replaced_while_there_is_no_network(
     settings: Settings, upstream: Upstream
 ) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     (settings.home / "kohya_gui.py").write_text("mine\n")
     zero_every_object(settings.home / ".git")
     for _ in range(2):
         with pytest.raises(StepFailed, match="cannot be fetched"):
-            bring(from_url(settings, "/nowhere"))
+            ensure_checkout(from_url(settings, "/nowhere"))
     with pytest.raises(UsageError, match=r"kohya_gui\.py"):
-        bring(settings)
+        ensure_checkout(settings)
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
 
 
@@ -544,7 +544,7 @@ def test_a_damaged_submodule_of_a_users_clone_keeps_where_it_stood(
 ) -> None:
     user_clone(upstream, settings.home, upstream.old)
     zero_every_object(settings.home / ".git" / "modules" / "sd-scripts")
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
@@ -554,17 +554,17 @@ def test_a_damaged_users_clone_with_packed_branches_keeps_where_it_stood(
     user_clone(upstream, settings.home, upstream.old)
     git(settings.home, "gc", "--quiet")
     zero_every_object(settings.home / ".git")
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a directory away")
 def test_a_repository_of_another_user_is_told_with_gits_own_words(settings: Settings) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     for path in (settings.home, settings.home / ".git"):
         os.chown(path, 12345, -1)
     with pytest.raises(StepFailed, match=r"safe\.directory"):
-        bring(settings)
+        ensure_checkout(settings)
     assert not (settings.home / ".git.damaged").exists()
 
 
@@ -634,7 +634,7 @@ class Killer:
             sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
             code = 1
             try:
-                bring(settings, stash=stash)
+                ensure_checkout(settings, stash=stash)
                 code = 0
             finally:
                 os._exit(code)
@@ -671,7 +671,7 @@ def test_a_fresh_clone_killed_anywhere_is_finished_by_the_next_run(
 def test_a_move_killed_anywhere_is_finished_by_the_next_run(
     settings: Settings, upstream: Upstream, tmp_path: Path, killer: Killer
 ) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     model = settings.home.rename(tmp_path / "model")
     shutil.copytree(model, settings.home)
     numbers = changing_calls(killer, settings)
@@ -717,7 +717,7 @@ def test_what_the_user_changed_survives_a_kill_anywhere(
     tmp_path: Path,
     killer: Killer,
 ) -> None:
-    bring(at(settings, upstream.commit if damage else upstream.old))
+    ensure_checkout(at(settings, upstream.commit if damage else upstream.old))
     (settings.home / "kohya_gui.py").write_text("mine\n")
     if damage:
         damage(settings.home)
@@ -735,47 +735,47 @@ def test_what_the_user_changed_survives_a_kill_anywhere(
 def test_what_was_changed_besides_an_interrupted_move_is_refused(
     settings: Settings, upstream: Upstream, killer: Killer
 ) -> None:
-    bring(settings)
-    bring(at(settings, upstream.old))
+    ensure_checkout(settings)
+    ensure_checkout(at(settings, upstream.old))
     assert not killer.run(settings, 0, "never")
     calls = (killer.directory / "calls").read_text().splitlines()
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     assert killer.run(settings, next(n for n, call in enumerate(calls, 1) if " checkout " in call), "half")
     assert (settings.home / "kohya_gui.py").read_text() == "ne"
     (settings.home / "stays.txt").write_text("mine\n")
     with pytest.raises(UsageError, match=r"stays\.txt"):
-        bring(settings)
+        ensure_checkout(settings)
     assert (settings.home / "stays.txt").read_text() == "mine\n"
     git(settings.home, "checkout", "--quiet", "--", "stays.txt")
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
 def test_a_lock_of_the_users_own_git_is_told_and_not_removed(settings: Settings, upstream: Upstream) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     lock = settings.home / ".git" / "index.lock"
     lock.touch()
     with pytest.raises(UsageError, match=r"index\.lock"):
-        bring(settings)
+        ensure_checkout(settings)
     assert lock.exists()
     lock.unlink()
-    bring(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
 def test_a_record_that_the_disk_lost_touches_no_file(settings: Settings, upstream: Upstream) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     (settings.home / "kohya_gui.py").write_text("mine\n")
-    Home(settings.home).moving.write_bytes(b"\0\0\0")
+    Installation(settings.home).checkout_move.write_bytes(b"\0\0\0")
     with pytest.raises(UsageError, match=r"kohya_gui\.py"):
-        bring(settings)
+        ensure_checkout(settings)
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
 
 
 def test_a_full_disk_is_told_and_the_next_run_goes_on(
     settings: Settings, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bring(at(settings, upstream.old))
+    ensure_checkout(at(settings, upstream.old))
     real = shutil.which("git")
     shim = tmp_path / "full"
     shim.mkdir()
@@ -787,14 +787,14 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setenv("PATH", f"{shim}:{os.environ['PATH']}")
         with pytest.raises(StepFailed, match="disk is full"):
-            bring(settings)
-    bring(settings)
+            ensure_checkout(settings)
+    ensure_checkout(settings)
     check_is_good(settings, upstream)
 
 
 def test_changes_are_listed_as_git_names_them(settings: Settings) -> None:
-    bring(settings)
+    ensure_checkout(settings)
     (settings.home / "docs" / "Größe 1.txt").write_text("mine\n")
     (settings.home / "untracked").write_text("mine\n")
     assert local_changes(settings.home) == ["docs/Größe 1.txt"]
-    assert checkout.gitlink(Home(settings.home), settings.commit)
+    assert checkout.gitlink(Installation(settings.home), settings.commit)

@@ -12,10 +12,10 @@ import yaml
 
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.settings import CONFIG, Settings
 from kohya_mps.install import accelerate_config
-from kohya_mps.install.accelerate_config import Layout
+from kohya_mps.install.accelerate_config import ProcessLayout
 from kohya_mps.install.generations import Generation
 
 # Stands in for the trainer's interpreter with the probe: writes the fields and reads them back.
@@ -30,12 +30,12 @@ print(json.dumps(fields | {changed}))
 
 @pytest.fixture
 def here(tmp_path: Path) -> Settings:
-    Home(tmp_path).state.mkdir()
+    Installation(tmp_path).state.mkdir()
     return msgspec.structs.replace(settings.load(), home=tmp_path)
 
 
 def generation(here: Settings, changed: str = "{}") -> Generation:
-    made = Generation(Home(here.home).generations / "one")
+    made = Generation(Installation(here.home).generations / "one")
     made.python.parent.mkdir(parents=True, exist_ok=True)
     made.python.write_text(PROBE.format(python=sys.executable, changed=changed))
     made.python.chmod(0o755)
@@ -43,12 +43,12 @@ def generation(here: Settings, changed: str = "{}") -> Generation:
 
 
 def written(here: Settings) -> dict[str, object]:
-    found: dict[str, object] = json.loads(Home(here.home).spread_config.read_text())
+    found: dict[str, object] = json.loads(Installation(here.home).distributed_config.read_text())
     return found
 
 
 def test_several_processes_are_started_by_accelerates_own_launcher(here: Settings) -> None:
-    accelerate_config.spread(here, generation(here), Layout(processes=4))
+    accelerate_config.configure_distributed(here, generation(here), ProcessLayout(processes=4))
 
     fields = written(here)
     assert fields["distributed_type"] == "MULTI_GPU"
@@ -58,7 +58,7 @@ def test_several_processes_are_started_by_accelerates_own_launcher(here: Setting
 
 
 def test_machines_have_a_rank_and_the_address_of_the_first(here: Settings) -> None:
-    accelerate_config.spread(here, generation(here), Layout(2, 3, 1, "10.0.0.1", 29600))
+    accelerate_config.configure_distributed(here, generation(here), ProcessLayout(2, 3, 1, "10.0.0.1", 29600))
 
     fields = written(here)
     assert (fields["num_processes"], fields["num_machines"], fields["machine_rank"]) == (6, 3, 1)
@@ -67,16 +67,16 @@ def test_machines_have_a_rank_and_the_address_of_the_first(here: Settings) -> No
 
 def test_one_process_goes_back_to_the_usual(here: Settings) -> None:
     made = generation(here)
-    accelerate_config.spread(here, made, Layout(processes=2))
+    accelerate_config.configure_distributed(here, made, ProcessLayout(processes=2))
 
-    accelerate_config.spread(here, made, Layout(processes=1))
+    accelerate_config.configure_distributed(here, made, ProcessLayout(processes=1))
 
-    assert not Home(here.home).spread_config.exists()
+    assert not Installation(here.home).distributed_config.exists()
 
 
 def test_the_configuration_of_the_verification_keeps_one_process(here: Settings) -> None:
     made = generation(here)
-    accelerate_config.spread(here, made, Layout(processes=2))
+    accelerate_config.configure_distributed(here, made, ProcessLayout(processes=2))
 
     accelerate_config.write_own(here, made)
 
@@ -86,32 +86,34 @@ def test_the_configuration_of_the_verification_keeps_one_process(here: Settings)
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (Layout(processes=0), "--processes"),
-        (Layout(machines=2, rank=2, address="a"), "--machine-rank: 2 of 2"),
-        (Layout(machines=2), "--main-address"),
-        (Layout(machines=2, address="a", port=70_000), "--main-port"),
+        (ProcessLayout(processes=0), "--processes"),
+        (ProcessLayout(machines=2, rank=2, address="a"), "--machine-rank: 2 of 2"),
+        (ProcessLayout(machines=2), "--main-address"),
+        (ProcessLayout(machines=2, address="a", port=70_000), "--main-port"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_nothing_written(
-    here: Settings, layout: Layout, said: str
+    here: Settings, layout: ProcessLayout, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        accelerate_config.spread(here, generation(here), layout)
+        accelerate_config.configure_distributed(here, generation(here), layout)
 
-    assert not Home(here.home).spread_config.exists()
+    assert not Installation(here.home).distributed_config.exists()
 
 
 def test_a_mac_trains_with_one_process(here: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
 
     with pytest.raises(UsageError, match="MPS is one device"):
-        accelerate_config.spread(here, generation(here), Layout(processes=2))
-    accelerate_config.spread(here, generation(here), Layout(processes=1))
+        accelerate_config.configure_distributed(here, generation(here), ProcessLayout(processes=2))
+    accelerate_config.configure_distributed(here, generation(here), ProcessLayout(processes=1))
 
 
 def test_what_accelerate_reads_otherwise_is_an_error(here: Settings) -> None:
     with pytest.raises(StepFailed, match="num_processes is 1"):
-        accelerate_config.spread(here, generation(here, '{"num_processes": 1}'), Layout(processes=2))
+        accelerate_config.configure_distributed(
+            here, generation(here, '{"num_processes": 1}'), ProcessLayout(processes=2)
+        )
 
 
 @pytest.mark.parametrize("name", ["mps", "one-gpu", "several-gpus", "several-machines"])

@@ -17,7 +17,7 @@ import pytest
 
 from kohya_mps.core import process
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import capture
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import environment, generations, inventory, lockfile
@@ -47,7 +47,7 @@ def core(generation: Generation) -> Path:
 
 def activated(settings: Settings) -> Generation:
     generation = build(settings)
-    generations.activate(Home(settings.home), generation)
+    generations.activate(Installation(settings.home), generation)
     return generation
 
 
@@ -100,7 +100,7 @@ def test_a_deleted_file_is_repaired_beside_the_old_one(
     assert [d.name for d in planned.differences] == ["plain"]
     second = build(small.settings, planned)
     assert second != first
-    assert generations.active(Home(small.settings.home)) == first
+    assert generations.active(Installation(small.settings.home)) == first
     assert ask(second, "import plain.core") == ""
     assert "plain" in capsys.readouterr().err
 
@@ -154,8 +154,8 @@ def test_a_tampered_hash_is_told_and_leaves_the_active_one_as_it_was(small: Smal
     with pytest.raises(StepFailed, match=r"does not have the hash that small\.txt says") as caught:
         build(small.settings)
     assert "git diff small.txt" in caught.value.fix
-    assert generations.present(Home(small.settings.home)) == [first]
-    assert generations.active(Home(small.settings.home)) == first
+    assert generations.present(Installation(small.settings.home)) == [first]
+    assert generations.active(Installation(small.settings.home)) == first
     assert ask(first, "import plain") == ""
 
 
@@ -164,7 +164,7 @@ def test_a_tampered_wheel_is_told_as_well(small: Small, own_cache: Path) -> None
         archive.writestr("plain/evil.py", "")
     with pytest.raises(StepFailed, match="does not have the hash"):
         build(small.settings)
-    assert generations.present(Home(small.settings.home)) == []
+    assert generations.present(Installation(small.settings.home)) == []
 
 
 def test_a_package_that_cannot_be_had_is_told(small: Small, own_cache: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_package_that_cannot_be_had_is_told(small: Small, own_cache: Path) -> 
     with pytest.raises(StepFailed, match=r"uv could not install small\.txt") as caught:
         build(small.settings)
     assert "goes on from what is downloaded" in caught.value.fix
-    assert generations.present(Home(small.settings.home)) == []
+    assert generations.present(Installation(small.settings.home)) == []
 
 
 def test_a_source_archive_is_never_built(small: Small, own_cache: Path) -> None:
@@ -282,7 +282,7 @@ def test_without_a_fitting_python_it_is_told_how_to_get_one(
     with pytest.raises(UsageError, match=r"Python 3\.99 was not found") as caught:
         build(msgspec.structs.replace(small.settings, profile=profile))
     assert "install it with" in caught.value.fix
-    assert not generations.present(Home(small.settings.home))
+    assert not generations.present(Installation(small.settings.home))
 
 
 def test_the_python_that_runs_this_is_taken_when_it_fits(
@@ -375,7 +375,7 @@ def test_an_interruption_leaves_nothing_behind(small: Small, monkeypatch: pytest
     monkeypatch.setattr(environment, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(small.settings)
-    assert generations.present(Home(small.settings.home)) == []
+    assert generations.present(Installation(small.settings.home)) == []
 
 
 @pytest.mark.parametrize(
@@ -389,6 +389,6 @@ def test_what_uv_says_is_passed_on(
     said: str, expected: str, small: Small, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (small.wheels / "plain-1.0-py3-none-any.whl").unlink()  # or uv would do without asking any index
-    monkeypatch.setattr(environment, "stream", lambda *_, **__: process.Finished(2, said + "\n", 0.0, 0))
+    monkeypatch.setattr(environment, "stream", lambda *_, **__: process.ProcessResult(2, said + "\n", 0.0, 0))
     with pytest.raises(StepFailed, match=expected):
         build(small.settings)

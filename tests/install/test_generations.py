@@ -6,28 +6,28 @@ from pathlib import Path
 import pytest
 
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.install import generations
 from kohya_mps.install.generations import (
     Generation,
     Manifest,
     activate,
     active,
-    collect,
     foreign_venv,
     present,
     previous,
+    prune,
 )
 from kohya_mps.install.inventory import Inventory
 from tests.support.installs import running_as
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "a home")
+def home(tmp_path: Path) -> Installation:
+    return Installation(tmp_path / "a home")
 
 
-def make(home: Home, name: str, lock: str | None = None) -> Generation:
+def make(home: Installation, name: str, lock: str | None = None) -> Generation:
     """A generation as a build leaves it, or an interrupted one when it has no lock."""
     generation = Generation(home.generations / name)
     (generation.venv / "bin").mkdir(parents=True)
@@ -42,30 +42,30 @@ def names(found: list[Generation]) -> list[str]:
     return [generation.name for generation in found]
 
 
-def test_a_home_without_generations_has_none(home: Home) -> None:
+def test_a_home_without_generations_has_none(home: Installation) -> None:
     assert present(home) == []
     assert active(home) is None
     assert previous(home) is None
-    assert collect(home, 2) == []
+    assert prune(home, 2) == []
 
 
-def test_activating_switches_the_link_and_counts_turns(home: Home) -> None:
+def test_activating_switches_the_link_and_counts_turns(home: Installation) -> None:
     first, second = make(home, "a", "1"), make(home, "b", "2")
-    assert first.turn() == 0
+    assert first.activation_number() == 0
     activate(home, first)
     activate(home, second)
     assert active(home) == second
     assert home.venv.readlink() == Path(".kohya-mps/generations/b/venv")
-    assert (first.turn(), second.turn()) == (1, 2)
+    assert (first.activation_number(), second.activation_number()) == (1, 2)
     activate(home, second)
-    assert second.turn() == 2
+    assert second.activation_number() == 2
     assert previous(home) == first
     activate(home, first)
     assert (active(home), previous(home)) == (first, second)
     assert names(present(home)) == ["a", "b"]
 
 
-def test_an_interrupted_build_is_never_made_active(home: Home) -> None:
+def test_an_interrupted_build_is_never_made_active(home: Installation) -> None:
     good, half = make(home, "a", "1"), make(home, "b")
     activate(home, good)
     with pytest.raises(StepFailed, match="not built to its end"):
@@ -76,7 +76,7 @@ def test_an_interrupted_build_is_never_made_active(home: Home) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\0\0\0\0", b"\xff"])
-def test_a_spoilt_manifest_is_an_interrupted_build(content: bytes, home: Home) -> None:
+def test_a_spoilt_manifest_is_an_interrupted_build(content: bytes, home: Installation) -> None:
     generation = make(home, "a", "1")
     activate(home, generation)
     (generation.path / "manifest.json").write_bytes(content)
@@ -84,13 +84,15 @@ def test_a_spoilt_manifest_is_an_interrupted_build(content: bytes, home: Home) -
     assert active(home) is None
 
 
-def test_a_spoilt_turn_counts_as_none(home: Home) -> None:
+def test_a_spoilt_turn_counts_as_none(home: Installation) -> None:
     generation = make(home, "a", "1")
     (generation.path / "turn").write_bytes(b"\xff")
-    assert generation.turn() == 0
+    assert generation.activation_number() == 0
 
 
-def test_the_link_is_never_absent_while_it_is_switched(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_link_is_never_absent_while_it_is_switched(
+    home: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = make(home, "a", "1"), make(home, "b", "2")
     activate(home, first)
     seen: list[bool] = []
@@ -109,16 +111,16 @@ def test_the_link_is_never_absent_while_it_is_switched(home: Home, monkeypatch: 
     assert all(seen)
 
 
-def test_a_home_can_be_moved(home: Home, tmp_path: Path) -> None:
+def test_a_home_can_be_moved(home: Installation, tmp_path: Path) -> None:
     activate(home, make(home, "a", "1"))
     home.root.rename(tmp_path / "moved")
-    moved = Home(tmp_path / "moved")
+    moved = Installation(tmp_path / "moved")
     now = active(moved)
     assert now is not None
     assert now.venv.samefile(moved.venv)
 
 
-def test_an_environment_of_somebody_elses_is_foreign(home: Home, tmp_path: Path) -> None:
+def test_an_environment_of_somebody_elses_is_foreign(home: Installation, tmp_path: Path) -> None:
     home.root.mkdir()
     assert not foreign_venv(home)
     home.venv.mkdir()
@@ -133,7 +135,7 @@ def test_an_environment_of_somebody_elses_is_foreign(home: Home, tmp_path: Path)
     assert not foreign_venv(home)
 
 
-def test_a_link_to_a_generation_that_is_gone_is_ours_and_not_active(home: Home) -> None:
+def test_a_link_to_a_generation_that_is_gone_is_ours_and_not_active(home: Installation) -> None:
     generation = make(home, "a", "1")
     activate(home, generation)
     shutil.rmtree(generation.path)
@@ -141,78 +143,78 @@ def test_a_link_to_a_generation_that_is_gone_is_ours_and_not_active(home: Home) 
     assert active(home) is None
 
 
-def test_an_environment_of_somebody_elses_is_moved_aside_only_when_asked(home: Home) -> None:
-    generations.make_way(home, replace=False)
+def test_an_environment_of_somebody_elses_is_moved_aside_only_when_asked(home: Installation) -> None:
+    generations.set_aside_foreign_venv(home, replace=False)
     home.venv.mkdir(parents=True)
     (home.venv / "theirs").write_text("theirs")
     with pytest.raises(UsageError, match="did not build") as caught:
-        generations.make_way(home, replace=False)
+        generations.set_aside_foreign_venv(home, replace=False)
     assert "--replace-venv" in caught.value.fix
-    generations.make_way(home, replace=True)
+    generations.set_aside_foreign_venv(home, replace=True)
     assert not home.venv.exists()
     assert [p.read_text() for p in home.root.glob("venv.before-kohya-mps-*/theirs")] == ["theirs"]
 
 
-def test_an_active_one_that_was_spoilt_is_kept_until_another_is_active(home: Home) -> None:
+def test_an_active_one_that_was_spoilt_is_kept_until_another_is_active(home: Installation) -> None:
     broken = make(home, "a", "1")
     activate(home, broken)
     (broken.path / "manifest.json").unlink()
-    assert collect(home, 2) == []
+    assert prune(home, 2) == []
     activate(home, make(home, "b", "1"))
-    assert collect(home, 2) == ["a"]
+    assert prune(home, 2) == ["a"]
 
 
-def test_the_active_and_the_one_before_it_are_kept_and_older_ones_go(home: Home) -> None:
+def test_the_active_and_the_one_before_it_are_kept_and_older_ones_go(home: Installation) -> None:
     for name in "abcd":
         activate(home, make(home, name, f"lock {name}"))
-    assert collect(home, 2) == ["b", "a"]
+    assert prune(home, 2) == ["b", "a"]
     assert names(present(home)) == ["d", "c"]
-    assert collect(home, 2) == []
+    assert prune(home, 2) == []
 
 
-def test_after_a_rollback_the_one_rolled_back_from_is_kept(home: Home) -> None:
+def test_after_a_rollback_the_one_rolled_back_from_is_kept(home: Installation) -> None:
     for name in "abc":
         activate(home, make(home, name, f"lock {name}"))
     activate(home, Generation(home.generations / "a"))
-    collect(home, 2)
+    prune(home, 2)
     assert names(present(home)) == ["a", "c"]
 
 
-def test_only_the_active_one_is_kept_when_one_is_asked_for(home: Home) -> None:
+def test_only_the_active_one_is_kept_when_one_is_asked_for(home: Installation) -> None:
     for name in "ab":
         activate(home, make(home, name, f"lock {name}"))
-    assert collect(home, 1) == ["a"]
+    assert prune(home, 1) == ["a"]
     assert active(home) == Generation(home.generations / "b")
 
 
-def test_one_that_a_training_runs_from_stays_until_it_ends(home: Home) -> None:
+def test_one_that_a_training_runs_from_stays_until_it_ends(home: Installation) -> None:
     activate(home, make(home, "a", "1"))
     used = Generation(home.generations / "a")
     for name in "bc":
         activate(home, make(home, name, f"lock {name}"))
     with running_as(used.python):
-        assert collect(home, 2) == []
-    assert collect(home, 2) == ["a"]
+        assert prune(home, 2) == []
+    assert prune(home, 2) == ["a"]
 
 
-def test_interrupted_builds_and_ones_that_never_became_active_are_collected(home: Home) -> None:
+def test_interrupted_builds_and_ones_that_never_became_active_are_collected(home: Installation) -> None:
     activate(home, make(home, "a", "1"))
     make(home, "half")
     make(home, "unused", "2")
-    assert sorted(collect(home, 5)) == ["half", "unused"]
+    assert sorted(prune(home, 5)) == ["half", "unused"]
     assert names(present(home)) == ["a"]
 
 
-def test_a_changed_generation_goes_once_its_repair_is_active(home: Home) -> None:
+def test_a_changed_generation_goes_once_its_repair_is_active(home: Installation) -> None:
     activate(home, make(home, "older", "0"))
     activate(home, make(home, "a", "1"))
     activate(home, make(home, "a-2", "1"))
-    assert collect(home, 2) == ["a"]
+    assert prune(home, 2) == ["a"]
     assert names(present(home)) == ["a-2", "older"]
 
 
 def test_a_removal_that_is_cut_short_leaves_an_interrupted_build(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = make(home, "a", "1")
 
@@ -224,4 +226,4 @@ def test_a_removal_that_is_cut_short_leaves_an_interrupted_build(
         with pytest.raises(KeyboardInterrupt):
             generations.discard(generation)
     assert generation.manifest() is None
-    assert collect(home, 2) == ["a"]
+    assert prune(home, 2) == ["a"]

@@ -16,7 +16,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, profile: str, device: str, macos: st
     monkeypatch.setenv("KOHYA_PROFILE", profile)
     monkeypatch.setattr(accelerate_config, "expected_device", lambda: device)
     for module in (settings, accelerate_config):
-        monkeypatch.setattr(module, "macos", lambda: macos)
+        monkeypatch.setattr(module, "macos_version", lambda: macos)
     return settings.load()
 
 

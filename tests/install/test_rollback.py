@@ -8,18 +8,18 @@ import pytest
 import yaml
 
 from kohya_mps.core.errors import Busy, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, generations, inventory
 from kohya_mps.install.generations import Generation
 from kohya_mps.install.rollback import choices, rollback
-from kohya_mps.install.setup import Wanted, installed, setup
+from kohya_mps.install.setup import SetupOptions, installed, setup
 from tests.support.installs import Small, Upstream, running_as
 from tests.support.standin import make_lock
 
-UNVERIFIED = Wanted(smoke=False, train_step=False)
+UNVERIFIED = SetupOptions(smoke=False, train_step=False)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def settings(small: Small, upstream: Upstream) -> Settings:
 
 
 def older(settings: Settings) -> Generation:
-    found = generations.previous(Home(settings.home))
+    found = generations.previous(Installation(settings.home))
     assert found is not None
     return found
 
@@ -43,11 +43,11 @@ def older(settings: Settings) -> Generation:
 def test_the_environment_before_comes_back_with_its_commit_and_configuration(
     settings: Settings, upstream: Upstream
 ) -> None:
-    target, newer = older(settings), installed(Home(settings.home))
+    target, newer = older(settings), installed(Installation(settings.home))
     target.accelerate_config.write_text(yaml.safe_dump({**accelerate_config.fields(settings), "further": 1}))
     report = rollback(msgspec.structs.replace(settings, url="/nowhere"))
     assert report.ok
-    home = Home(settings.home)
+    home = Installation(settings.home)
     assert installed(home) == target
     assert inventory.versions(target.venv)["plain"] == "1.0"
     assert checkout.present(home) == checkout.Commits(upstream.old, upstream.old_sd_scripts)
@@ -68,7 +68,7 @@ def test_it_takes_well_under_a_second(settings: Settings) -> None:
 def test_the_choices_are_listed_with_their_commits(settings: Settings, upstream: Upstream) -> None:
     report = choices(settings)
     assert [check.name for check in report.checks] == [
-        installed(Home(settings.home)).name,
+        installed(Installation(settings.home)).name,
         older(settings).name,
     ]
     assert report.checks[0].detail.startswith(f"active, {upstream.commit[:12]}")
@@ -77,10 +77,10 @@ def test_the_choices_are_listed_with_their_commits(settings: Settings, upstream:
 
 @pytest.mark.parametrize("name", ["no-such", "../generations", ".."])
 def test_a_generation_that_is_not_there_is_refused(name: str, settings: Settings) -> None:
-    before = installed(Home(settings.home))
+    before = installed(Installation(settings.home))
     with pytest.raises(UsageError, match="no generation"):
         rollback(settings, name)
-    assert installed(Home(settings.home)) == before
+    assert installed(Installation(settings.home)) == before
 
 
 def test_without_an_earlier_one_it_is_refused(small: Small, upstream: Upstream) -> None:
@@ -90,31 +90,31 @@ def test_without_an_earlier_one_it_is_refused(small: Small, upstream: Upstream) 
 
 
 def test_one_that_was_changed_since_is_refused(settings: Settings) -> None:
-    before = installed(Home(settings.home))
+    before = installed(Installation(settings.home))
     (inventory.site_packages(older(settings).venv) / "plain" / "core.py").unlink()
     with pytest.raises(UsageError, match="no longer as it was built: plain"):
         rollback(settings)
-    assert installed(Home(settings.home)) == before
+    assert installed(Installation(settings.home)) == before
 
 
 def test_local_changes_stop_it_before_the_environment_is_switched(settings: Settings) -> None:
-    before = installed(Home(settings.home))
+    before = installed(Installation(settings.home))
     (settings.home / "kohya_gui.py").write_text("mine\n")
     with pytest.raises(UsageError, match=r"kohya_gui\.py"):
         rollback(settings)
-    assert installed(Home(settings.home)) == before
+    assert installed(Installation(settings.home)) == before
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
 
 
 def test_the_checkout_is_not_switched_under_a_training(settings: Settings) -> None:
-    now = installed(Home(settings.home))
+    now = installed(Installation(settings.home))
     with (
         running_as(now.python) as training,
         pytest.raises(Busy, match=rf"process {training} .* change the files"),
     ):
         rollback(settings)
-    assert installed(Home(settings.home)) == now
-    commits = checkout.present(Home(settings.home))
+    assert installed(Installation(settings.home)) == now
+    commits = checkout.present(Installation(settings.home))
     assert commits is not None
     assert commits.kohya_ss == settings.commit
     rollback(settings)
@@ -128,7 +128,7 @@ def test_somebody_elses_default_configuration_stays(settings: Settings) -> None:
 
 
 def test_a_home_in_use_is_refused(settings: Settings) -> None:
-    with held(Home(settings.home)), pytest.raises(Busy):
+    with exclusive_lock(Installation(settings.home)), pytest.raises(Busy):
         rollback(settings)
 
 

@@ -13,17 +13,17 @@ import pytest
 import yaml
 
 from kohya_mps.core.errors import Busy, StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Report, Status
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, environment, generations, inventory, receipt
-from kohya_mps.install.setup import Wanted, installed, reconfigure, setup, verify
+from kohya_mps.install.setup import SetupOptions, configure, installed, setup, verify
 from kohya_mps.train import start
 from tests.support.installs import Small, Upstream
 from tests.support.standin import make_lock
 
-UNVERIFIED = Wanted(smoke=False, train_step=False)
+UNVERIFIED = SetupOptions(smoke=False, train_step=False)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_bare_machine_gets_checkout_environment_and_configuration(
         "machine": Status.PASS, "checkout": Status.PASS, "environment": Status.PASS, "configuration": Status.PASS,
         "smoke check": Status.SKIP, "training step": Status.SKIP,
     }  # fmt: skip
-    home = Home(settings.home)
+    home = Installation(settings.home)
     generation = installed(home)
     assert yaml.safe_load(generation.accelerate_config.read_text()) == accelerate_config.fields(settings)
     assert accelerate_config.is_ours(accelerate_config.default_location())
@@ -119,27 +119,27 @@ def _other_hash(text: str) -> str:
 
 def test_a_package_that_was_changed_is_repaired(settings: Settings) -> None:
     setup(settings, UNVERIFIED)
-    first = installed(Home(settings.home))
+    first = installed(Installation(settings.home))
     (inventory.site_packages(first.venv) / "plain" / "core.py").unlink()
     report = setup(settings, UNVERIFIED)
     assert report.ok
-    second = installed(Home(settings.home))
+    second = installed(Installation(settings.home))
     assert second != first
-    assert generations.present(Home(settings.home)) == [second]
+    assert generations.present(Installation(settings.home)) == [second]
     assert setup(settings, UNVERIFIED).extra["generation"] == second.name
 
 
 def test_a_new_lock_is_built_beside_the_old_one_which_is_kept(settings: Settings, small: Small) -> None:
     setup(settings, UNVERIFIED)
-    first = installed(Home(settings.home))
+    first = installed(Installation(settings.home))
     new_lock(small, "1.1")
     setup(settings, UNVERIFIED)
-    second = installed(Home(settings.home))
-    assert generations.present(Home(settings.home)) == [second, first]
+    second = installed(Installation(settings.home))
+    assert generations.present(Installation(settings.home)) == [second, first]
     assert inventory.versions(second.venv)["plain"] == "1.1"
     new_lock(small, "1.2")
     setup(settings, UNVERIFIED)
-    assert generations.present(Home(settings.home))[1:] == [second]
+    assert generations.present(Installation(settings.home))[1:] == [second]
 
 
 def test_somebody_elses_environment_is_only_moved_when_asked(settings: Settings) -> None:
@@ -148,7 +148,7 @@ def test_somebody_elses_environment_is_only_moved_when_asked(settings: Settings)
     report = setup(settings, UNVERIFIED)
     assert verdicts(report) == {"machine": Status.FAIL}
     assert (settings.home / "venv" / "theirs").read_text() == "theirs"
-    assert setup(settings, Wanted(smoke=False, train_step=False, replace_venv=True)).ok
+    assert setup(settings, SetupOptions(smoke=False, train_step=False, replace_venv=True)).ok
     assert [path.read_text() for path in settings.home.glob("venv.before-*/theirs")] == ["theirs"]
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_end_well_is_refused_before_anything_is_touched(
 
 
 def test_a_home_in_use_is_refused(settings: Settings) -> None:
-    with held(Home(settings.home)), pytest.raises(Busy):
+    with exclusive_lock(Installation(settings.home)), pytest.raises(Busy):
         setup(settings, UNVERIFIED)
 
 
@@ -184,19 +184,19 @@ def test_a_new_environment_that_does_not_pass_the_smoke_check_is_not_made_active
 ) -> None:
     """The stand-in has no torch: each check says so in a row of its own, and the others are judged."""
     setup(settings, UNVERIFIED)
-    first = installed(Home(settings.home))
+    first = installed(Installation(settings.home))
     new_lock(small, "1.1")
-    report = setup(settings, Wanted(train_step=False))
+    report = setup(settings, SetupOptions(train_step=False))
     assert not report.ok
     assert "No module named 'torch'" in detail(report, "smoke check")
-    assert installed(Home(settings.home)) == first
+    assert installed(Installation(settings.home)) == first
     assert report.extra["generation"] == first.name
 
 
 def test_the_smoke_check_judges_each_thing_by_itself(settings: Settings) -> None:
-    report = setup(settings, Wanted(train_step=False))
+    report = setup(settings, SetupOptions(train_step=False))
     assert not report.ok
-    known = receipt.read(installed(Home(settings.home)))
+    known = receipt.read(installed(Installation(settings.home)))
     assert known is not None
     assert known.smoke is not None
     rows = {check.name: check.status for check in known.smoke.checks}
@@ -209,7 +209,7 @@ def test_a_failed_verification_is_recorded_and_run_again(settings: Settings) -> 
     setup(settings, UNVERIFIED)
     with pytest.raises(StepFailed, match="could not be made"):
         verify(settings)  # the stand-in cannot make a model
-    report = setup(settings, Wanted())
+    report = setup(settings, SetupOptions())
     assert verdicts(report)["smoke check"] is Status.FAIL
     assert verdicts(report)["training step"] is Status.FAIL
 
@@ -219,8 +219,8 @@ def test_nothing_is_verified_trained_or_configured_without_an_installation(
 ) -> None:
     steps: tuple[Callable[[], object], ...] = (
         lambda: verify(settings),
-        lambda: reconfigure(settings, replace_default=False),
-        lambda: start.train(settings, tmp_path / "x.toml", start.Wanted()),
+        lambda: configure(settings, replace_default=False),
+        lambda: start.train(settings, tmp_path / "x.toml", start.TrainOptions()),
     )
     for step in steps:
         with pytest.raises(UsageError, match="no environment"):
@@ -229,9 +229,9 @@ def test_nothing_is_verified_trained_or_configured_without_an_installation(
 
 def test_the_configuration_is_written_anew_and_the_receipt_follows(settings: Settings) -> None:
     setup(settings, UNVERIFIED)
-    generation = installed(Home(settings.home))
+    generation = installed(Installation(settings.home))
     generation.accelerate_config.write_text("use_cpu: true\n")
-    report = reconfigure(settings, replace_default=False)
+    report = configure(settings, replace_default=False)
     assert report.ok
     assert yaml.safe_load(generation.accelerate_config.read_text())["use_cpu"] is False
     known = receipt.read(generation)
@@ -241,14 +241,14 @@ def test_the_configuration_is_written_anew_and_the_receipt_follows(settings: Set
 
 def test_the_environment_alone_is_renewed_with_its_configuration(settings: Settings, small: Small) -> None:
     setup(settings, UNVERIFIED)
-    first = installed(Home(settings.home))
+    first = installed(Installation(settings.home))
     new_lock(small, "1.1")
-    report = environment.renew(settings)
+    report = environment.rebuild(settings)
     assert report.ok
-    second = installed(Home(settings.home))
+    second = installed(Installation(settings.home))
     assert second != first
     assert second.accelerate_config.read_bytes() == first.accelerate_config.read_bytes()
-    assert "in place" in environment.renew(settings).checks[0].detail
+    assert "in place" in environment.rebuild(settings).checks[0].detail
 
 
 def test_set_up_killed_at_any_time_leaves_the_old_environment_and_the_next_run_ends_good(
@@ -261,7 +261,7 @@ def test_set_up_killed_at_any_time_leaves_the_old_environment_and_the_next_run_e
     setup(settings, UNVERIFIED)
     whole = time.monotonic() - started
     for n in range(6):
-        before = installed(Home(settings.home))
+        before = installed(Installation(settings.home))
         new_lock(small, f"2.{n}")
         child = os.fork()
         if child == 0:
@@ -272,14 +272,14 @@ def test_set_up_killed_at_any_time_leaves_the_old_environment_and_the_next_run_e
         time.sleep(whole * n / 6)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        now = installed(Home(settings.home))
+        now = installed(Installation(settings.home))
         done = subprocess.run([now.python, "-c", "import plain.core, accelerate"], check=False)
         assert done.returncode == 0
         if now != before:
             assert inventory.versions(now.venv)["plain"] == f"2.{n}"
         assert setup(settings, UNVERIFIED).ok
-        assert inventory.versions(installed(Home(settings.home)).venv)["plain"] == f"2.{n}"
-        assert len(generations.present(Home(settings.home))) == 2
+        assert inventory.versions(installed(Installation(settings.home)).venv)["plain"] == f"2.{n}"
+        assert len(generations.present(Installation(settings.home))) == 2
 
 
 def test_a_neighbours_environment_is_unchanged_by_set_up(
@@ -299,7 +299,7 @@ def test_an_environment_of_another_profile_is_not_taken_for_the_one_that_is_aske
     settings: Settings,
 ) -> None:
     setup(settings, UNVERIFIED)
-    home = Home(settings.home)
+    home = Installation(settings.home)
     assert installed(home, settings.profile_name) == installed(home)
     with pytest.raises(UsageError, match=f"of the profile {settings.profile_name}, and another is asked for"):
         installed(home, "another")

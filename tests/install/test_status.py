@@ -7,17 +7,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Check, Report, Status
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, generations, inventory
-from kohya_mps.install.setup import Wanted, installed, setup
+from kohya_mps.install.setup import SetupOptions, installed, setup
 from kohya_mps.install.status import listed, status
 from tests.support.installs import Small, Upstream
 from tests.support.standin import make_lock
 
-UNVERIFIED = Wanted(smoke=False, train_step=False)
+UNVERIFIED = SetupOptions(smoke=False, train_step=False)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_nothing_installed_is_told_with_the_command(settings: Settings, tmp_path
 
 
 def _core(settings: Settings) -> Path:
-    return inventory.site_packages(installed(Home(settings.home)).venv) / "plain" / "core.py"
+    return inventory.site_packages(installed(Installation(settings.home)).venv) / "plain" / "core.py"
 
 
 def _stray(settings: Settings) -> None:
@@ -74,7 +74,7 @@ def _stray(settings: Settings) -> None:
 def _move_submodule(settings: Settings) -> None:
     from tests.support.installs import git
 
-    git(Home(settings.home).sd_scripts, "commit", "--quiet", "--allow-empty", "-m", "mine")
+    git(Installation(settings.home).sd_scripts, "commit", "--quiet", "--allow-empty", "-m", "mine")
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def _move_submodule(settings: Settings) -> None:
         (lambda s: (s.home / "sd-scripts" / "train_network.py").unlink(), "file sd-scripts/train_network.py",
          "changed", "--stash"),
         (_move_submodule, "sd-scripts", "stands at", "invoke clone"),
-        (lambda s: installed(Home(s.home)).accelerate_config.write_text("use_cpu: true"),
+        (lambda s: installed(Installation(s.home)).accelerate_config.write_text("use_cpu: true"),
          "accelerate configuration", "was edited", "invoke configure"),
-        (lambda s: installed(Home(s.home)).accelerate_config.unlink(), "accelerate configuration", "is missing",
+        (lambda s: installed(Installation(s.home)).accelerate_config.unlink(), "accelerate configuration", "is missing",
          "invoke configure"),
-        (lambda s: Home(s.home).venv.unlink(), "environment", "there is none", "invoke setup"),
+        (lambda s: Installation(s.home).venv.unlink(), "environment", "there is none", "invoke setup"),
     ],
 )  # fmt: skip
 def test_each_drift_is_a_row_with_the_command_that_repairs_it(
@@ -107,14 +107,14 @@ def test_each_drift_is_a_row_with_the_command_that_repairs_it(
 
 
 def test_an_environment_of_somebody_elses_is_told(settings: Settings) -> None:
-    home = Home(settings.home)
+    home = Installation(settings.home)
     home.venv.unlink()
     home.venv.mkdir()
     assert "not built by this project" in failed(status(settings))["environment"].detail
 
 
 def test_an_interpreter_that_is_gone_is_told(settings: Settings) -> None:
-    python = installed(Home(settings.home)).python
+    python = installed(Installation(settings.home)).python
     target = python.readlink()
     python.unlink()
     python.symlink_to(str(target) + "-gone")
@@ -127,9 +127,9 @@ def test_a_new_lock_an_interrupted_build_and_an_edited_default_are_warnings(
     settings: Settings, small: Small
 ) -> None:
     make_lock(small.lock, small.wheels, "1.1")
-    (Home(settings.home).generations / "half").mkdir()
+    (Installation(settings.home).generations / "half").mkdir()
     accelerate_config.default_location().write_text("mine")
-    Home(settings.home).moving.write_bytes(b"{}")
+    Installation(settings.home).checkout_move.write_bytes(b"{}")
     report = status(settings)
     assert report.ok
     assert {"lock", "build half", "accelerate default", "checkout"} <= warned(report).keys()
@@ -138,17 +138,17 @@ def test_a_new_lock_an_interrupted_build_and_an_edited_default_are_warnings(
 
 
 def test_a_run_in_progress_is_told_with_its_process(settings: Settings) -> None:
-    with held(Home(settings.home)):
+    with exclusive_lock(Installation(settings.home)):
         assert f"process {os.getpid()}" in warned(status(settings))["run in progress"].detail
     assert "run in progress" not in warned(status(settings))
 
 
 def test_the_generations_are_listed_with_the_active_one_first(settings: Settings, small: Small) -> None:
-    first = installed(Home(settings.home))
+    first = installed(Installation(settings.home))
     make_lock(small.lock, small.wheels, "1.1")
     setup(settings, UNVERIFIED)
-    generations.activate(Home(settings.home), first)
-    rows = listed(Home(settings.home))
+    generations.activate(Installation(settings.home), first)
+    rows = listed(Installation(settings.home))
     assert [(row.name == first.name, row.active, row.complete) for row in rows] == [
         (True, True, True),
         (False, False, True),

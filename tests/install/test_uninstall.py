@@ -7,13 +7,13 @@ import msgspec
 import pytest
 
 from kohya_mps.core.errors import Busy, StepFailed, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
-from kohya_mps.core.run_lock import held
+from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config
 from kohya_mps.install.checkout import clone
-from kohya_mps.install.setup import Wanted, setup
+from kohya_mps.install.setup import SetupOptions, setup
 from kohya_mps.install.uninstall import uninstall
 from tests.support.installs import Small, Upstream, git, running_as
 from tests.support.standin import make_lock
@@ -28,7 +28,7 @@ def settings(small: Small, upstream: Upstream) -> Settings:
 @pytest.fixture
 def done(settings: Settings) -> Settings:
     """An installation."""
-    assert setup(settings, Wanted(smoke=False, train_step=False, replace_default=True)).ok
+    assert setup(settings, SetupOptions(smoke=False, train_step=False, replace_default=True)).ok
     return settings
 
 
@@ -41,8 +41,8 @@ def test_everything_that_was_installed_goes(done: Settings, capsys: pytest.Captu
     assert "This will be removed:" in said
     for path in (
         done.home,
-        Home(done.home).venv,
-        Home(done.home).state,
+        Installation(done.home).venv,
+        Installation(done.home).state,
         accelerate_config.default_location(),
     ):
         assert str(path) in said
@@ -59,7 +59,7 @@ def test_a_backed_up_default_configuration_comes_back(settings: Settings) -> Non
     default = accelerate_config.default_location()
     default.parent.mkdir(parents=True)
     default.write_text("theirs")
-    setup(settings, Wanted(smoke=False, train_step=False, replace_default=True))
+    setup(settings, SetupOptions(smoke=False, train_step=False, replace_default=True))
     assert accelerate_config.is_ours(default)
     uninstall(settings, yes=True)
     assert default.read_text() == "theirs"
@@ -70,7 +70,7 @@ def test_a_default_configuration_that_was_edited_stays_beside_the_backup(setting
     default = accelerate_config.default_location()
     default.parent.mkdir(parents=True)
     default.write_text("theirs")
-    setup(settings, Wanted(smoke=False, train_step=False, replace_default=True))
+    setup(settings, SetupOptions(smoke=False, train_step=False, replace_default=True))
     default.write_text("edited later")
     report = uninstall(settings, yes=True)
     assert any(check.status is Status.WARN and "stays" in check.detail for check in report.checks)
@@ -123,8 +123,8 @@ def test_what_is_the_users_stays_even_when_nobody_is_asked(
     for path, content in before.items():
         if "venv" not in path.relative_to(done.home).parts:
             assert path.read_bytes() == content
-    assert not Home(done.home).venv.exists()
-    assert not list(Home(done.home).generations.glob("*"))
+    assert not Installation(done.home).venv.exists()
+    assert not list(Installation(done.home).generations.glob("*"))
     # Only the flag of its own gives them up, and only then.
     assert "--delete-my-files" in capsys.readouterr().err
     assert uninstall(done, yes=True, delete_my_files=True).ok
@@ -133,16 +133,16 @@ def test_what_is_the_users_stays_even_when_nobody_is_asked(
 
 def test_a_checkout_that_was_there_before_is_never_removed(settings: Settings, upstream: Upstream) -> None:
     git(upstream.kohya_ss, "clone", "--quiet", "--recurse-submodules", ".", str(settings.home))
-    setup(settings, Wanted(smoke=False, train_step=False))
+    setup(settings, SetupOptions(smoke=False, train_step=False))
     for flag in (False, True):
         uninstall(settings, yes=True, delete_my_files=flag)
         assert (settings.home / "kohya_gui.py").exists()
         assert git(settings.home, "status", "--porcelain") == ""
-    assert not Home(settings.home).state.exists()
+    assert not Installation(settings.home).state.exists()
 
 
 def test_a_foreign_environment_in_the_home_stays(done: Settings) -> None:
-    home = Home(done.home)
+    home = Installation(done.home)
     home.venv.unlink()
     home.venv.mkdir()
     (home.venv / "theirs").write_text("theirs")
@@ -156,7 +156,7 @@ def test_nobody_to_ask_is_refused_and_removes_nothing(
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     with pytest.raises(UsageError, match="--yes"):
         uninstall(done)
-    assert Home(done.home).venv.exists()
+    assert Installation(done.home).venv.exists()
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,13 @@ def test_a_clone_alone_can_be_removed(settings: Settings) -> None:
 
 
 def test_a_home_in_use_is_refused(done: Settings) -> None:
-    with held(Home(done.home)), pytest.raises(Busy):
+    with exclusive_lock(Installation(done.home)), pytest.raises(Busy):
         uninstall(done, yes=True)
-    assert Home(done.home).venv.exists()
+    assert Installation(done.home).venv.exists()
 
 
 def test_nothing_is_removed_under_a_training(done: Settings) -> None:
-    home = Home(done.home)
+    home = Installation(done.home)
     with running_as(home.venv / "bin" / "python") as training, pytest.raises(Busy, match=f"{training}"):
         uninstall(done, yes=True)
     assert home.venv.exists()

@@ -15,12 +15,12 @@ from kohya_mps.core.errors import UsageError
 from kohya_mps.core.settings import ROOT
 from kohya_mps.diagnose import doctor, preflight
 from kohya_mps.known_failures import catalogue, log_search
-from kohya_mps.known_failures.catalogue import Failure, Situation
+from kohya_mps.known_failures.catalogue import Failure, Target
 from tests.support.failure_cases import CASES, Preflight
 from tests.support.world import World
 
 KNOWN = {failure.id: failure for failure in catalogue.load()}
-HEALTHY = doctor.Machine(
+HEALTHY = doctor.MachineFacts(
     system="Darwin", architecture="arm64", rosetta=False, virtual_machine=False, macos="15.1",
     macos_needed="11.0", macos_is_older=False, tools_python="3.11.9", trainer_python="3.11.9", tkinter=True,
     git="git version 2.39.5", xcode="/Library/Developer/CommandLineTools", free_gb=200.0, needed_gb=3.0,
@@ -37,8 +37,8 @@ def seen_in(where: str) -> list[str]:
     return [failure.id for failure in KNOWN.values() if getattr(failure, where)]
 
 
-def situation(failure: Failure) -> Situation:
-    return preflight.situation_of(settings.load(), failure.devices[0])
+def situation(failure: Failure) -> Target:
+    return preflight.target_for(settings.load(), failure.devices[0])
 
 
 def preflight_ids(
@@ -49,7 +49,7 @@ def preflight_ids(
         monkeypatch.delenv(name, raising=False)
     for name, value in case.environ.items():
         monkeypatch.setenv(name, value)
-    asked = preflight.Question(
+    asked = preflight.PreflightOptions(
         case.make(World(root)),
         device=case.device or failure.devices[0],
         trainer=case.trainer,
@@ -61,7 +61,7 @@ def preflight_ids(
 
 def environment_ids(changed: dict[str, Any], failure: Failure) -> list[str]:
     facts = msgspec.structs.asdict(HEALTHY) | changed
-    found = catalogue.ahead(tuple(KNOWN.values()), "environment", facts, situation(failure))
+    found = catalogue.matching(tuple(KNOWN.values()), "environment", facts, situation(failure))
     return [finding.failure.id for finding in found]
 
 
@@ -129,22 +129,24 @@ def test_every_sign_is_found_by_itself() -> None:
 
 
 def test_a_healthy_mac_has_none_of_them() -> None:
-    mac = preflight.situation_of(settings.load(), "mps")
+    mac = preflight.target_for(settings.load(), "mps")
 
     assert not list(
-        catalogue.ahead(tuple(KNOWN.values()), "environment", msgspec.structs.asdict(HEALTHY), mac)
+        catalogue.matching(tuple(KNOWN.values()), "environment", msgspec.structs.asdict(HEALTHY), mac)
     )
 
 
 def test_a_good_training_has_none_of_them(tmp_path: Path) -> None:
-    report = preflight.check(settings.load(), preflight.Question(World(tmp_path).toml(), device="mps"))
+    report = preflight.check(
+        settings.load(), preflight.PreflightOptions(World(tmp_path).toml(), device="mps")
+    )
 
     assert [check for check in report.checks if check.status != "pass"] == []
 
 
 @pytest.mark.parametrize("where", ["settings", "environment"])
 def test_rules_ask_for_facts_that_exist(where: str) -> None:
-    machine = set(doctor.Machine.__struct_fields__)
+    machine = set(doctor.MachineFacts.__struct_fields__)
     names = set(preflight.FACTS) if where == "settings" else machine
     for failure in KNOWN.values():
         for rule in getattr(failure, where):
@@ -199,8 +201,8 @@ def test_a_rule_holds_only_with_the_lock_it_names(tmp_path: Path) -> None:
     old = situation(rule)
     new = msgspec.structs.replace(old, versions={**old.versions, "torch": "2.6.0"})
 
-    assert list(catalogue.ahead((rule,), "settings", facts, old))
-    assert not list(catalogue.ahead((rule,), "settings", facts, new))
+    assert list(catalogue.matching((rule,), "settings", facts, old))
+    assert not list(catalogue.matching((rule,), "settings", facts, new))
 
 
 def test_the_profile_says_which_mixed_precision_a_device_has() -> None:
@@ -210,14 +212,14 @@ def test_the_profile_says_which_mixed_precision_a_device_has() -> None:
     allowing = msgspec.structs.replace(refused.profile, mixed_precision={"mps": ("no", "bf16")})
     allowed = msgspec.structs.replace(refused, profile=allowing)
 
-    assert list(catalogue.ahead((rule,), "settings", facts, refused))
-    assert not list(catalogue.ahead((rule,), "settings", facts, allowed))
+    assert list(catalogue.matching((rule,), "settings", facts, refused))
+    assert not list(catalogue.matching((rule,), "settings", facts, allowed))
 
 
 def test_an_entry_for_another_profile_is_passed_over() -> None:
     rule = msgspec.structs.replace(KNOWN["flux"], profiles=("another",))
 
-    assert not list(catalogue.ahead((rule,), "settings", {"family": "flux"}, situation(rule)))
+    assert not list(catalogue.matching((rule,), "settings", {"family": "flux"}, situation(rule)))
 
 
 def test_the_table_has_a_row_for_every_failure_and_its_sources() -> None:

@@ -153,17 +153,17 @@ def test_invoke_takes_a_log_or_standard_input(arguments: list[str], tmp_path: Pa
 def test_what_is_a_failure_on_another_device_is_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "accelerator device: cpu"
     monkeypatch.setattr(log_search, "expected_device", lambda: "cpu")
-    assert not log_search.tell(line)
+    assert not log_search.print_known_failures(line)
 
     monkeypatch.setattr(log_search, "expected_device", lambda: "mps")
-    assert log_search.tell(line)
+    assert log_search.print_known_failures(line)
 
 
 def test_the_end_of_a_failed_program_is_explained_on_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert log_search.tell("noise\n" + FP16.decode())
-    assert not log_search.tell("noise")
+    assert log_search.print_known_failures("noise\n" + FP16.decode())
+    assert not log_search.print_known_failures("noise")
     captured = capsys.readouterr()
 
     assert captured.out == ""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from kohya_mps.core import settings
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.install import checkout, lockfile
 from kohya_mps.install.lockfile import LINUX_X86_64, MAC_ARM64
 
@@ -79,8 +79,8 @@ def test_every_module_that_smoke_imports_is_installed_by_the_lock() -> None:
 @pytest.mark.skipif(not os.environ.get("KOHYA_REPO_URL"), reason="KOHYA_REPO_URL names no real kohya_ss")
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_the_list_covers_what_the_real_trainers_import(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
-    checkout.bring(msgspec.structs.replace(settings.load(), home=home.root))
+    home = Installation(tmp_path / "home")
+    checkout.ensure_checkout(msgspec.structs.replace(settings.load(), home=home.root))
     own = {path.stem for path in home.sd_scripts.rglob("*.py")} | {p.name for p in home.sd_scripts.iterdir()}
     needed: dict[str, str] = {}
     sources = [*home.sd_scripts.glob("*train*.py"), *(home.sd_scripts / "library").glob("*.py")]

@@ -12,9 +12,9 @@ from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
 from kohya_mps.core.report import Report, Status
 from kohya_mps.diagnose import preflight
-from kohya_mps.diagnose.preflight import Question
+from kohya_mps.diagnose.preflight import PreflightOptions
 from kohya_mps.train import new_project
-from kohya_mps.train.new_project import Wanted
+from kohya_mps.train.new_project import NewProjectOptions
 from tests.support.world import World
 
 
@@ -35,8 +35,8 @@ def photos(world: World) -> Path:
 
 
 def make(world: World, photos: Path, preset: str = "sd15-lora", name: str = "cats") -> Report:
-    wanted = Wanted(world.root / name, photos, str(world.model), preset)
-    return new_project.new(settings.load(), wanted)
+    wanted = NewProjectOptions(world.root / name, photos, str(world.model), preset)
+    return new_project.create(settings.load(), wanted)
 
 
 def snapshot(folder: Path) -> list[tuple[str, bytes, int]]:
@@ -94,7 +94,7 @@ def test_every_preset_passes_preflight_as_written(
     make(world, photos, preset)
 
     file = world.root / "cats" / "train.toml"
-    asked = Question(file, device=device, base=file.parent, memory_gb=64)
+    asked = PreflightOptions(file, device=device, base=file.parent, memory_gb=64)
     checks = preflight.check(settings.load(), asked).checks
 
     assert [c for c in checks if c.status is Status.FAIL] == []

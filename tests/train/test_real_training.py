@@ -18,15 +18,15 @@ import pytest
 
 from devtools import sandbox
 from kohya_mps.core import settings
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.install import accelerate_config, accelerate_launch, setup, training_step
-from kohya_mps.install.accelerate_config import Layout
+from kohya_mps.install.accelerate_config import ProcessLayout
 from kohya_mps.install.generations import Generation
 from kohya_mps.train import compare_lora, new_project, runs, start
 from kohya_mps.train.runs import Run, State
-from kohya_mps.train.start import Wanted
+from kohya_mps.train.start import TrainOptions
 
 pytestmark = [
     pytest.mark.environment,
@@ -56,12 +56,12 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """An installation on the disk that environments are on, so that its packages are links."""
-    home = sandbox.PLACE.parent / f"home-of-{tmp_path_factory.getbasetemp().name}"
+    home = sandbox.SANDBOX.parent / f"home-of-{tmp_path_factory.getbasetemp().name}"
     shutil.rmtree(home, ignore_errors=True)
     before = dict(os.environ)
     os.environ |= {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "OMP_NUM_THREADS": "1"}
     chosen = msgspec.structs.replace(settings.load(), home=home)
-    report = setup.setup(chosen, setup.Wanted(smoke=False, train_step=False))
+    report = setup.setup(chosen, setup.SetupOptions(smoke=False, train_step=False))
     assert report.ok, report.checks
     yield chosen
     os.environ.clear()
@@ -71,7 +71,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
 
 @pytest.fixture(scope="module")
 def generation(here: Settings) -> Generation:
-    return setup.installed(Home(here.home))
+    return setup.installed(Installation(here.home))
 
 
 def make(
@@ -84,13 +84,15 @@ def make(
     **changed: Any,
 ) -> Path:
     """A project with the small model's pictures and settings that fit it."""
-    generation = setup.installed(Home(here.home))
-    model = training_step.prepare_model(generation, Home(here.home).verification, family, "small")
+    generation = setup.installed(Installation(here.home))
+    model = training_step.prepare_model(generation, Installation(here.home).verification, family, "small")
     images = place.parent / f"pictures of {place.name}" / "2_shapes"
     shutil.copytree(model / "images" / "2_shapes", images)
     for path in set(images.iterdir()) - set(images.glob(only)):
         path.unlink()
-    report = new_project.new(here, new_project.Wanted(place, images.parent, str(model / "model"), preset))
+    report = new_project.create(
+        here, new_project.NewProjectOptions(place, images.parent, str(model / "model"), preset)
+    )
     assert report.ok, report.checks
     file = place / "train.toml"
     lines = file.read_text()
@@ -106,7 +108,7 @@ def make(
 
 def killed_after(here: Settings, place: Path, steps: int) -> Run:
     """A run whose trainer was killed, without a warning, when it had made so many steps."""
-    started = start.train(here, place, Wanted(detach=True))
+    started = start.train(here, place, TrainOptions(detach=True))
     run = Run(Path(started.extra["run"]))
     deadline = time.monotonic() + 300
     while len(run.steps()) < steps:
@@ -137,11 +139,11 @@ def killed_after(here: Settings, place: Path, steps: int) -> Run:
 def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_not(
     here: Settings, tmp_path: Path, name: str, made: dict[str, Any]
 ) -> None:
-    straight = start.train(here, make(here, tmp_path / name, **made), Wanted())
+    straight = start.train(here, make(here, tmp_path / name, **made), TrainOptions())
     assert straight.ok, straight.checks
     run = killed_after(here, make(here, tmp_path / f"{name}-killed", **made), 17)
 
-    resumed = start.train(here, run.path, Wanted(resume=True))
+    resumed = start.train(here, run.path, TrainOptions(resume=True))
 
     assert resumed.ok, resumed.checks
     expected = Run(Path(straight.extra["run"])).steps()
@@ -153,10 +155,10 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_not(
 
 def test_being_watched_changes_no_loss(here: Settings, generation: Generation, tmp_path: Path) -> None:
     place = make(here, tmp_path / "cat")
-    watched = start.train(here, place, Wanted())
+    watched = start.train(here, place, TrainOptions())
     bare = runs.new(place / "train.toml")
     shutil.copyfile(place / "train.toml", bare.settings)
-    planned = start.plan(Home(here.home), place / "train.toml", place)
+    planned = start.plan(Installation(here.home), place / "train.toml", place)
     scripts = [str(PROBES / "small_trainer.py"), str(planned.trainer)]
     command = accelerate_launch.argv(generation, *scripts, *start.trainer_arguments(planned, bare))
     subprocess.run(
@@ -168,13 +170,13 @@ def test_being_watched_changes_no_loss(here: Settings, generation: Generation, t
         generation, PROBES / "inspect_run.py", str(bare.tensorboard), lora, "lora_up"
     )
 
-    found = msgspec.json.decode(printed, type=training_step.Inspection)
+    found = msgspec.json.decode(printed, type=training_step.TrainedLora)
     assert list(found.losses) == watched.extra["losses"]
 
 
 def test_a_stopped_run_saves_its_state_and_goes_on(here: Settings, tmp_path: Path) -> None:
     place = make(here, tmp_path / "cat", save_every_n_steps=1000, max_train_steps=200)
-    run = Run(Path(start.train(here, place, Wanted(detach=True)).extra["run"]))
+    run = Run(Path(start.train(here, place, TrainOptions(detach=True)).extra["run"]))
     while len(run.steps()) < 5:
         time.sleep(0.05)
 
@@ -188,7 +190,7 @@ def test_a_stopped_run_saves_its_state_and_goes_on(here: Settings, tmp_path: Pat
 def test_a_trained_lora_changes_what_diffusers_draws(here: Settings, tmp_path: Path, preset: str) -> None:
     family = new_project.presets()[preset].family
     place = make(here, tmp_path / "cat", family=family, preset=preset, max_train_steps=10)
-    assert start.train(here, place, Wanted()).ok
+    assert start.train(here, place, TrainOptions()).ok
 
     report = compare_lora.test(here, place)
 
@@ -201,7 +203,7 @@ def test_the_curve_falls_on_two_pictures(here: Settings, tmp_path: Path) -> None
     rates: dict[str, Any] = dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"), 5e-3)
     place = make(here, tmp_path / "two", only="[01].*", max_train_steps=200, save_every_n_steps=100, **rates)
 
-    report = start.train(here, place, Wanted())
+    report = start.train(here, place, TrainOptions())
 
     losses = report.extra["losses"]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
@@ -214,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved_from_it
     place = make(here, tmp_path / "cat", save_every_n_steps=1, sample_every_n_steps=100, **rates)
 
     # Preflight would not let such a rate pass.
-    report = start.train(here, place, Wanted(preflight=False))
+    report = start.train(here, place, TrainOptions(preflight=False))
 
     failed = {check.name: check.detail for check in report.checks if check.status is Status.FAIL}
     assert "nothing was saved from it" in failed["not finite"]
@@ -234,7 +236,7 @@ def test_a_full_disk_damages_no_checkpoint(here: Settings, generation: Generatio
     if mounted.returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        report = start.train(here, place, Wanted())
+        report = start.train(here, place, TrainOptions())
 
         failed = {check.name: check for check in report.checks if check.status is Status.FAIL}
         assert "MB left" in failed["disk"].detail
@@ -251,11 +253,11 @@ def test_a_full_disk_damages_no_checkpoint(here: Settings, generation: Generatio
 
 def test_two_processes_train_together(here: Settings, generation: Generation, tmp_path: Path) -> None:
     place = make(here, tmp_path / "cat", max_train_steps=8, save_every_n_steps=4, sample_every_n_steps=4)
-    accelerate_config.spread(here, generation, Layout(processes=2))
+    accelerate_config.configure_distributed(here, generation, ProcessLayout(processes=2))
     try:
-        report = start.train(here, place, Wanted())
+        report = start.train(here, place, TrainOptions())
     finally:
-        accelerate_config.spread(here, generation, Layout())
+        accelerate_config.configure_distributed(here, generation, ProcessLayout())
 
     run = runs.find(place)
     assert report.ok, report.checks
@@ -271,5 +273,5 @@ def test_two_processes_train_together(here: Settings, generation: Generation, tm
     printed = accelerate_launch.probe(
         generation, PROBES / "inspect_run.py", str(run.tensorboard), str(run.lora()), "lora_up"
     )
-    own = msgspec.json.decode(printed, type=training_step.Inspection).losses
+    own = msgspec.json.decode(printed, type=training_step.TrainedLora).losses
     assert any(abs(step.loss - loss) > 1e-4 for step, loss in zip(run.steps(), own, strict=True))

@@ -23,14 +23,14 @@ import pytest
 
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, Stopped, UsageError
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import generations, inventory
 from kohya_mps.install.generations import Generation, Manifest
 from kohya_mps.train import runs, start
 from kohya_mps.train.runs import Run, State
-from kohya_mps.train.start import Wanted
+from kohya_mps.train.start import TrainOptions
 from tests.support.world import World
 
 STAND_IN = """#!{python}
@@ -86,7 +86,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Settings:
-    home = Home(tmp_path / "home")
+    home = Installation(tmp_path / "home")
     generation = Generation(home.generations / "one")
     generation.python.parent.mkdir(parents=True)
     generation.python.touch()
@@ -104,7 +104,7 @@ def here(tmp_path: Path) -> Settings:
 
 
 def stand_in(here: Settings, at_four: str = GO_ON) -> None:
-    active = generations.active(Home(here.home))
+    active = generations.active(Installation(here.home))
     assert active is not None
     active.python.write_text(STAND_IN.format(python=sys.executable, at_four=at_four))
     active.python.chmod(active.python.stat().st_mode | stat.S_IXUSR)
@@ -122,7 +122,7 @@ def fails(report: Report) -> dict[str, Check]:
 def test_a_training_keeps_everything_of_it_in_its_run(here: Settings, world: World) -> None:
     stand_in(here)
 
-    report = start.train(here, world.toml(), Wanted())
+    report = start.train(here, world.toml(), TrainOptions())
 
     assert report.ok
     assert report.extra["state"] is State.FINISHED
@@ -142,10 +142,12 @@ def test_the_base_model_decides_which_trainer_it_is(here: Settings, world: World
     world.safetensors(world.model, "sdxl")
     stand_in(here)
 
-    start.train(here, world.toml(no_half_vae=True, network_train_unet_only=True), Wanted(preflight=False))
+    start.train(
+        here, world.toml(no_half_vae=True, network_train_unet_only=True), TrainOptions(preflight=False)
+    )
 
     words, _, _ = told(runs.find(world.root))
-    assert str(Home(here.home).sd_scripts / "sdxl_train_network.py") in words
+    assert str(Installation(here.home).sd_scripts / "sdxl_train_network.py") in words
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_what_cannot_be_trained_is_refused_and_no_run_made(
     here: Settings, world: World, changed: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        start.train(here, world.toml(**changed), Wanted())
+        start.train(here, world.toml(**changed), TrainOptions())
 
     assert not (world.root / "runs").exists()
 
@@ -169,28 +171,28 @@ def test_flux_is_refused(here: Settings, world: World) -> None:
     world.safetensors(world.model, "flux")
 
     with pytest.raises(UsageError, match="the base model is flux"):
-        start.train(here, world.toml(), Wanted())
+        start.train(here, world.toml(), TrainOptions())
 
 
 def test_without_the_trainer_it_says_what_brings_it(here: Settings, world: World) -> None:
-    (Home(here.home).sd_scripts / "train_network.py").unlink()
+    (Installation(here.home).sd_scripts / "train_network.py").unlink()
 
     with pytest.raises(UsageError, match=r"no checkout[^$]*invoke clone"):
-        start.train(here, world.toml(), Wanted())
+        start.train(here, world.toml(), TrainOptions())
 
 
 def test_what_is_known_to_fail_is_not_started(here: Settings, world: World) -> None:
     stand_in(here)
 
     with pytest.raises(StepFailed, match=r"xformers is chosen[^$]*--fix OUT[^$]*--no-preflight"):
-        start.train(here, world.toml(xformers=True, sdpa=False), Wanted())
+        start.train(here, world.toml(xformers=True, sdpa=False), TrainOptions())
     assert not (world.root / "runs").exists()
 
 
 def test_without_preflight_it_is_started_all_the_same(here: Settings, world: World) -> None:
     stand_in(here)
 
-    assert start.train(here, world.toml(xformers=True, sdpa=False), Wanted(preflight=False)).ok
+    assert start.train(here, world.toml(xformers=True, sdpa=False), TrainOptions(preflight=False)).ok
 
 
 def test_warnings_are_told_and_do_not_stop(
@@ -198,7 +200,7 @@ def test_warnings_are_told_and_do_not_stop(
 ) -> None:
     stand_in(here)
 
-    assert start.train(here, world.toml(caption_extension=".caption"), Wanted()).ok
+    assert start.train(here, world.toml(caption_extension=".caption"), TrainOptions()).ok
     assert "caption_extension is .caption" in capfd.readouterr().err
 
 
@@ -210,19 +212,19 @@ def test_paths_are_meant_from_the_settings_or_from_where_the_user_stands(
     apart.mkdir()
     file = world.toml(train_data_dir="data", output_dir="out")
     monkeypatch.chdir(apart)
-    start.train(here, file, Wanted())
+    start.train(here, file, TrainOptions())
     assert told(runs.find(file))[1] == str(world.root)
 
     moved = file.rename(apart / "train.toml")
     monkeypatch.chdir(world.root)
-    start.train(here, moved, Wanted())
+    start.train(here, moved, TrainOptions())
     assert told(runs.find(moved))[1] == str(world.root)
 
 
 def test_a_known_failure_in_the_log_is_explained(here: Settings, world: World) -> None:
     stand_in(here, FAIL)
 
-    found = fails(start.train(here, world.toml(), Wanted()))
+    found = fails(start.train(here, world.toml(), TrainOptions()))
 
     assert "mixed_precision" in found["known failure"].fix
 
@@ -230,7 +232,7 @@ def test_a_known_failure_in_the_log_is_explained(here: Settings, world: World) -
 def test_a_loss_that_is_not_finite_is_explained(here: Settings, world: World) -> None:
     stand_in(here, NOT_FINITE)
 
-    found = fails(start.train(here, world.toml(), Wanted()))
+    found = fails(start.train(here, world.toml(), TrainOptions()))
 
     assert "step 4 is nan" in found["not finite"].detail
     assert "learning_rate" in found["not finite"].fix
@@ -242,7 +244,7 @@ def test_want_of_memory_names_settings_that_need_less_with_the_estimates(
     stand_in(here, NO_MEMORY)
     file = world.toml(train_batch_size=4, gradient_checkpointing=False, cache_latents=False)
 
-    found = fails(start.train(here, file, Wanted(preflight=False)))
+    found = fails(start.train(here, file, TrainOptions(preflight=False)))
 
     fix = found["memory"].fix
     assert fix.index("gradient_checkpointing = true (about") < fix.index("train_batch_size = 1 (about")
@@ -252,7 +254,7 @@ def test_want_of_memory_names_settings_that_need_less_with_the_estimates(
 def test_a_full_disk_is_said_with_how_to_go_on(here: Settings, world: World) -> None:
     stand_in(here, NO_DISK)
 
-    found = fails(start.train(here, world.toml(), Wanted()))
+    found = fails(start.train(here, world.toml(), TrainOptions()))
 
     assert "3 MB left" in found["disk"].detail
     assert "--resume` goes on after step 3" in found["training"].fix
@@ -260,11 +262,11 @@ def test_a_full_disk_is_said_with_how_to_go_on(here: Settings, world: World) -> 
 
 def test_a_killed_training_is_resumed_from_its_last_state(here: Settings, world: World) -> None:
     stand_in(here, DIE)
-    killed = start.train(here, world.toml(), Wanted())
+    killed = start.train(here, world.toml(), TrainOptions())
     assert killed.extra["state"] is State.DIED
     assert "--resume` goes on after step 3" in fails(killed)["training"].fix
 
-    report = start.train(here, world.root, Wanted(resume=True))
+    report = start.train(here, world.root, TrainOptions(resume=True))
 
     run = runs.find(world.root)
     assert report.extra["state"] is State.FINISHED
@@ -277,11 +279,11 @@ def test_a_resumed_run_goes_on_with_the_settings_that_it_began_with(
     here: Settings, world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(here, DIE)
-    start.train(here, world.toml(), Wanted())
+    start.train(here, world.toml(), TrainOptions())
     began_with = runs.find(world.root).settings.read_bytes()
     world.toml(learning_rate=5e-4)
 
-    start.train(here, world.root, Wanted(resume=True))
+    start.train(here, world.root, TrainOptions(resume=True))
 
     assert runs.find(world.root).settings.read_bytes() == began_with
     assert "was changed since" in capfd.readouterr().err
@@ -290,7 +292,7 @@ def test_a_resumed_run_goes_on_with_the_settings_that_it_began_with(
 def test_a_detached_training_is_looked_at_and_stopped_from_elsewhere(here: Settings, world: World) -> None:
     stand_in(here, WAIT)
 
-    started = start.train(here, world.toml(), Wanted(detach=True))
+    started = start.train(here, world.toml(), TrainOptions(detach=True))
     run = Run(Path(started.extra["run"]))
     _until(lambda: len(run.steps()) == 4)
     assert run.state() is State.RUNNING
@@ -315,7 +317,7 @@ def test_an_interrupt_saves_first_and_says_how_to_go_on(here: Settings, world: W
     threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(Stopped, match=r"its state saved[^$]*--resume` goes on after step") as stopped:
-            start.train(here, world.toml(), Wanted())
+            start.train(here, world.toml(), TrainOptions())
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -325,12 +327,12 @@ def test_an_interrupt_saves_first_and_says_how_to_go_on(here: Settings, world: W
 
 def test_several_processes_use_the_configuration_of_the_home(here: Settings, world: World) -> None:
     stand_in(here)
-    Home(here.home).spread_config.write_text("num_processes: 2\n")
+    Installation(here.home).distributed_config.write_text("num_processes: 2\n")
 
-    start.train(here, world.toml(), Wanted())
+    start.train(here, world.toml(), TrainOptions())
 
     words, _, _ = told(runs.find(world.root))
-    assert words[words.index("--config_file") + 1] == str(Home(here.home).spread_config)
+    assert words[words.index("--config_file") + 1] == str(Installation(here.home).distributed_config)
 
 
 def test_only_a_small_model_is_trained_by_way_of_the_shrinking_script(here: Settings, world: World) -> None:
@@ -339,11 +341,11 @@ def test_only_a_small_model_is_trained_by_way_of_the_shrinking_script(here: Sett
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     file = world.toml(pretrained_model_name_or_path="model")
-    start.train(here, file, Wanted(preflight=False))
+    start.train(here, file, TrainOptions(preflight=False))
     assert not any(word.endswith("small_trainer.py") for word in told(runs.find(world.root))[0])
 
     (model / start.SMALL_MARK).touch()
-    start.train(here, file, Wanted(preflight=False))
+    start.train(here, file, TrainOptions(preflight=False))
     assert any(word.endswith("small_trainer.py") for word in told(runs.find(world.root))[0])
 
 

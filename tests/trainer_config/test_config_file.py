@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.trainer_config.config_file import LARGEST_BYTES, Kind, TrainingFile, read
-from kohya_mps.trainer_config.trainer_options import typed
+from kohya_mps.trainer_config.config_file import LARGEST_BYTES, ConfigFile, Kind, read
+from kohya_mps.trainer_config.trainer_options import parse_options
 
 
-def written(path: Path, text: str) -> TrainingFile:
+def written(path: Path, text: str) -> ConfigFile:
     path.write_text(text)
     return read(path)
 
@@ -63,7 +63,7 @@ GUI = {
 
 def test_the_guis_json_is_what_the_gui_would_tell_the_trainer(tmp_path: Path) -> None:
     file = written(tmp_path / "g.json", json.dumps(GUI))
-    training, wrong = typed(file.settings, text=file.numbers_as_text)
+    training, wrong = parse_options(file.settings, text=file.numbers_as_text)
 
     assert file.kind is Kind.GUI
     assert file.trainer == "sdxl_train_network.py"
@@ -207,8 +207,8 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_text_for_numbers_is_wrong_in_toml_and_right_on_a_command_line() -> None:
-    strict, wrong = typed({"train_batch_size": "2", "resolution": 512}, text=False)
-    lenient, right = typed({"train_batch_size": "2", "resolution": 512}, text=True)
+    strict, wrong = parse_options({"train_batch_size": "2", "resolution": 512}, text=False)
+    lenient, right = parse_options({"train_batch_size": "2", "resolution": 512}, text=True)
 
     assert {w.name for w in wrong} == {"train_batch_size", "resolution"}
     assert (strict.train_batch_size, strict.resolution) == (1, "")

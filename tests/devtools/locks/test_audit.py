@@ -54,7 +54,7 @@ def service(versions: Mapping[str, str]) -> tuple[Audited, ...]:
 
 
 def run(day: date = DAY, using: audit.Service = service) -> Report:
-    return audit.run(audit.choose([]), using, day)
+    return audit.run(audit.parse_options([]), using, day)
 
 
 def test_a_vulnerability_that_nobody_accepted_fails_with_the_fixed_version(room: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_wrong_list_of_acceptances_is_refused(room: Path, text: str, said: str
 
 def test_only_known_locks_are_taken(room: Path) -> None:
     with pytest.raises(UsageError, match="'nothing'"):
-        audit.choose(["nothing"])
+        audit.parse_options(["nothing"])
 
 
 def test_the_projects_own_acceptances_are_of_what_its_locks_hold() -> None:
@@ -200,6 +200,6 @@ def test_the_projects_own_acceptances_are_of_what_its_locks_hold() -> None:
             for n, v in versions.items()
         )
 
-    report = audit.run(audit.choose([]), everything, DAY)
+    report = audit.run(audit.parse_options([]), everything, DAY)
     assert report.ok, [check for check in report.checks if check.status is Status.FAIL]
     assert not [check for check in report.checks if "no lock has it" in check.detail]

@@ -300,7 +300,7 @@ def test_a_wheel_with_another_hash_is_refused(room: Path) -> None:
 
 def test_the_whole_session_reports_each_release_and_leaves_nothing_behind(room: Path) -> None:
     lock(room, library(room, "core", {"core/_c.so": native(SYSTEM)}))
-    report = cross_check.run(cross_check.choose([]))
+    report = cross_check.run(cross_check.parse_options([]))
     assert report.ok, report.checks
     assert [proof.macos for proof in report.extra["proofs"]] == ["11.0", "26.0"]
     assert any("predicted" in line for line in report.summary)
@@ -310,7 +310,7 @@ def test_the_whole_session_reports_each_release_and_leaves_nothing_behind(room: 
 def test_only_known_locks_are_taken(room: Path) -> None:
     lock(room, library(room, "core", {}))
     with pytest.raises(UsageError, match="'nothing'"):
-        cross_check.choose(["nothing"])
+        cross_check.parse_options(["nothing"])
 
 
 def test_a_link_out_of_the_tree_does_not_count(tmp_path: Path) -> None:
@@ -321,4 +321,4 @@ def test_a_link_out_of_the_tree_does_not_count(tmp_path: Path) -> None:
     (tree / "c.so").write_bytes(native("@loader_path/liba.dylib"))
     image = macho.read(tree / "c.so")
     assert image is not None
-    assert macho.locate(image, image.links[0], tree) is macho.Place.NOWHERE
+    assert macho.locate(image, image.links[0], tree) is macho.FoundIn.NOWHERE

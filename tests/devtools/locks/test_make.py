@@ -81,14 +81,14 @@ def test_versions_stay_until_an_upgrade_is_asked_for(room: Path) -> None:
     ask(room, "plain")
     make.make("train")
     assert lockfile.read(room / "train.txt").pins[0].version == "1.0"
-    report = make.make_all(make.choose(["--upgrade"]))
+    report = make.make_all(make.parse_options(["--upgrade"]))
     assert lockfile.read(room / "train.txt").pins[0].version == "1.1"
     assert "plain 1.0 -> 1.1" in report.checks[0].detail
 
 
 def test_a_cutoff_is_written_into_the_in_file_and_a_bad_one_is_refused(room: Path) -> None:
     source = ask(room, "plain")
-    make.make_all(make.choose(["train", "--cutoff", "2026-03-01"]))
+    make.make_all(make.parse_options(["train", "--cutoff", "2026-03-01"]))
     assert "# exclude-newer: 2026-03-01" in source.read_text(encoding="utf-8")
     with pytest.raises(UsageError, match="2026-02-31"):
         make.make("train", cutoff="2026-02-31")
@@ -107,10 +107,10 @@ def test_a_failed_lock_changes_neither_file(room: Path) -> None:
 def test_only_known_names_are_taken(room: Path) -> None:
     ask(room, "plain")
     ask(room, "plain", name="gui")
-    assert set(make.choose([]).names) == {"train", "gui"}
-    assert make.choose(["--profile", "validated"]).names == ("train", "gui")
+    assert set(make.parse_options([]).names) == {"train", "gui"}
+    assert make.parse_options(["--profile", "validated"]).names == ("train", "gui")
     with pytest.raises(UsageError, match="'nothing'"):
-        make.choose(["nothing"])
+        make.parse_options(["nothing"])
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_every_line_is_judged_with_those_of_included_files(chosen: settings.Sett
         "--pre --extra-index-url https://packages.example/nightly/cpu": [Kind.NOT_REPRODUCIBLE] * 2,
         "engine==2.8.0.*": [Kind.CONFLICT, Kind.NOT_REPRODUCIBLE],
         "engine-vision==0.22.*": [Kind.CONFLICT, Kind.NOT_REPRODUCIBLE],
-        "board==2.14.1": [Kind.APART],
+        "board==2.14.1": [Kind.IMPORT_CONFLICT],
         "xformers": [Kind.NO_WHEEL, Kind.NOT_REPRODUCIBLE, Kind.CUDA_ONLY],
         "from-source==1.0": [Kind.SOURCE_ONLY],
         "loose>=1": [Kind.NOT_REPRODUCIBLE],
@@ -198,16 +198,16 @@ def test_the_session_looks_at_the_pinned_and_at_the_current_commit(
         tmp_path / "repository", "engine==2.8.0\nengine-vision==0.22.0\n", "engine==2.8.0\n"
     )
     monkeypatch.setenv("KOHYA_COMMIT", pinned)
-    report = upstream.run(settings.load(), upstream.choose([]))
+    report = upstream.run(settings.load(), upstream.parse_options([]))
     assert [each.mended for each in report.extra["upstream"]] == [False, True]
     assert report.ok
     assert "Is this project still needed?" in report.summary[-1]
     assert msgspec.json.decode(to_json(report))["upstream"][1]["mended"] is True
     monkeypatch.setenv("KOHYA_COMMIT", current)
-    report = upstream.run(settings.load(), upstream.choose([]))
+    report = upstream.run(settings.load(), upstream.parse_options([]))
     assert len(report.extra["upstream"]) == 1
     assert "asks for the same" in report.checks[0].detail
-    only = upstream.run(settings.load(), upstream.choose(["--commit", pinned]))
+    only = upstream.run(settings.load(), upstream.parse_options(["--commit", pinned]))
     assert [each.mended for each in only.extra["upstream"]] == [False]
 
 
@@ -221,7 +221,7 @@ def test_without_a_network_the_checkouts_file_is_used_and_the_report_says_so(
     monkeypatch.setenv("KOHYA_COMMIT", commit)
     monkeypatch.setenv("KOHYA_REPO_URL", "https://github.com/someone/kohya_ss.git")
     monkeypatch.setattr(requests, "get", refuse)
-    report = upstream.run(settings.load(), upstream.choose([]))
+    report = upstream.run(settings.load(), upstream.parse_options([]))
     assert report.checks[0].status is Status.SKIP
     assert "only the file of commit" in report.checks[0].detail
 
@@ -237,7 +237,7 @@ def test_single_files_are_asked_of_github(chosen: settings.Settings, monkeypatch
 
     monkeypatch.setenv("KOHYA_REPO_URL", "https://github.com/someone/kohya_ss.git")
     monkeypatch.setattr(requests, "get", answer)
-    report = upstream.run(settings.load(), upstream.choose([]))
+    report = upstream.run(settings.load(), upstream.parse_options([]))
     assert any(url.endswith(f"/someone/kohya_ss/HEAD/{FILE}") for url in asked)
     assert any(f"/{chosen.commit}/" in url for url in asked)
     assert report.extra["upstream"][0].mended
@@ -248,7 +248,7 @@ def test_a_file_that_cannot_be_had_names_the_next_command(
 ) -> None:
     monkeypatch.setenv("KOHYA_REPO_URL", "https://code.example/kohya_ss.git")
     with pytest.raises(UsageError, match="neither on GitHub nor a local path") as refusal:
-        upstream.run(settings.load(), upstream.choose([]))
+        upstream.run(settings.load(), upstream.parse_options([]))
     assert "invoke clone" in refusal.value.fix
 
 
@@ -264,7 +264,7 @@ def test_the_real_file_at_the_pin_fails_for_its_torch_and_torchvision(tmp_path: 
     if not os.environ.get("KOHYA_REPO_URL"):
         pytest.skip("KOHYA_REPO_URL and KOHYA_COMMIT name no kohya_ss")
     chosen = settings.load()
-    report = upstream.run(chosen, upstream.choose(["--commit", chosen.commit]))
+    report = upstream.run(chosen, upstream.parse_options(["--commit", chosen.commit]))
     (explanation,) = report.extra["upstream"]
     conflicts = [o.packages for o in explanation.obstacles if o.kind is Kind.CONFLICT]
     assert ("torch", "torchvision") in conflicts

@@ -17,7 +17,7 @@ from devtools.rehearsal.record import Finding, Kind, Record
 from devtools.rehearsal.request import Request
 from devtools.rehearsal.runner import Stage, Training
 from kohya_mps.core import settings
-from kohya_mps.core.installation import Home
+from kohya_mps.core.installation import Installation
 from kohya_mps.install import generations
 
 pytestmark = pytest.mark.environment
@@ -32,8 +32,8 @@ FAULTS = Path(__file__).with_name("planted_faults.py")
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    apart = msgspec.structs.replace(settings.load(profile="validated"), home=sandbox.PLACE)
-    built = {m.profile: g for g in generations.present(Home(apart.home)) if (m := g.manifest())}
+    apart = msgspec.structs.replace(settings.load(profile="validated"), home=sandbox.SANDBOX)
+    built = {m.profile: g for g in generations.present(Installation(apart.home)) if (m := g.manifest())}
     generation = built.get("validated") or sandbox.ready(apart)
     return Stage(generation, None, "no", tmp_path_factory.mktemp("rehearsal"))
 
@@ -197,7 +197,7 @@ def test_a_training_that_dies_says_where_its_log_is(stage: Stage) -> None:
 @pytest.fixture(scope="module")
 def with_kohya(stage: Stage) -> Stage:
     chosen = settings.load(profile="validated")
-    tree = sandbox.kohya_checkout(chosen, msgspec.structs.replace(chosen, home=sandbox.PLACE))
+    tree = sandbox.kohya_checkout(chosen, msgspec.structs.replace(chosen, home=sandbox.SANDBOX))
     return msgspec.structs.replace(stage, sd_scripts=tree / "sd-scripts")
 
 
@@ -259,7 +259,7 @@ def test_an_interrupted_matrix_goes_on_where_it_was(
     with_kohya: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings.load(profile="validated")
-    wanted = matrix.Wanted(("validated",), ("sd15",), 1, "lokr with SGD", thorough=True)
+    wanted = matrix.MatrixOptions(("validated",), ("sd15",), 1, "lokr with SGD", thorough=True)
     first = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
     asked: list[Request] = []
     monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: asked.extend(requests))

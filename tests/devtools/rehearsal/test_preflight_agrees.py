@@ -14,7 +14,7 @@ from devtools.rehearsal.table import Cell, Outcomes
 from kohya_mps.core import settings
 from kohya_mps.core.report import Status
 from kohya_mps.diagnose import preflight
-from kohya_mps.diagnose.preflight import Question
+from kohya_mps.diagnose.preflight import PreflightOptions
 from kohya_mps.install import training_step
 from tests.support.world import World
 
@@ -45,13 +45,15 @@ def refusals(world: World, outcomes: Outcomes, training: Training) -> list[str]:
     prompts = world.write("prompts.txt", "a red circle --w 64 --h 64 --s 2\n")
     # Beside the base model, as the training step has it.
     model = world.root / "step"
-    arguments = training_step.trainer_arguments("no", model, world.root / "out", training_step.Options())
+    arguments = training_step.trainer_arguments(
+        "no", model, world.root / "out", training_step.TrainingStepOptions()
+    )
     arguments += ["--pretrained_model_name_or_path", str(world.model), "--train_data_dir", str(world.data)]
     arguments += ["--resolution", "128,128"]
     arguments += [part.replace("{prompts}", str(prompts)) for part in training.arguments]
     script = runner.trainings().trainers[training.family]
     file = world.write("train.sh", shlex.join(["accelerate", "launch", script, *arguments]))
-    report = preflight.check(settings.load(profile=outcomes.profile), Question(file, device="mps"))
+    report = preflight.check(settings.load(profile=outcomes.profile), PreflightOptions(file, device="mps"))
     return [check.name for check in report.checks if check.status is Status.FAIL]
 
 

@@ -226,7 +226,7 @@ def test_an_option_stands_alone_with_the_plainest_network_and_optimizer() -> Non
 
 
 def test_what_follows_a_second_dash_dash_is_the_trainers() -> None:
-    wanted = runner.parse(["--network", "loha", "--fallback", "--", "--loss_type", "huber"])
+    wanted = runner.parse_options(["--network", "loha", "--fallback", "--", "--loss_type", "huber"])
 
     assert (wanted.network, wanted.fallback) == ("loha", True)
     assert wanted.arguments == ("--loss_type", "huber")
@@ -234,7 +234,7 @@ def test_what_follows_a_second_dash_dash_is_the_trainers() -> None:
 
 def test_the_built_in_training_has_no_options_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        runner.parse(["--builtin", "--", "--loss_type", "huber"])
+        runner.parse_options(["--builtin", "--", "--loss_type", "huber"])
 
     assert stop.value.code == 2
     assert "--builtin takes none of the trainer's options" in capsys.readouterr().err
