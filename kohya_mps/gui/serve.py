@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import json
 import os
 import shlex
 import socket
@@ -227,15 +226,10 @@ def write_forms(home: Installation, generation: Generation, chosen: Gui) -> Path
 
 
 def toml(sections: dict[str, dict[str, Any]]) -> str:
-    """Sections of texts, numbers and truths as TOML: JSON writes each of them as TOML does."""
-    lines = ["# Written by `invoke gui` from config/gui.yaml."]
-    for name, values in sections.items():
-        lines += [
-            "",
-            f"[{name}]",
-            *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()),
-        ]
-    return "\n".join(lines) + "\n"
+    """Sections of settings as TOML."""
+    import tomlkit
+
+    return f"# Written by `invoke gui` from config/gui.yaml.\n\n{tomlkit.dumps(sections)}"
 
 
 def write_accelerate(home: Installation, generation: Generation) -> Path:

@@ -252,8 +252,10 @@ def _settings_text(
 
 
 def _toml(text: str) -> str:
-    """A TOML string: JSON's are, but for the characters above U+FFFF, which need no escaping."""
-    return msgspec.json.encode(text).decode()
+    """A TOML string."""
+    import tomlkit
+
+    return tomlkit.item(text).as_string()
 
 
 def _picture_checks(images: Path, found: tuple[Folder, ...]) -> Iterator[Check]:
