@@ -10,6 +10,7 @@ import nox
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # plain `nox` does not, and the sessions call the package
 
+from devtools import posargs  # noqa: E402
 from kohya_mps.core import cli, settings  # noqa: E402
 
 nox.needs_version = ">=2025.5"
@@ -56,7 +57,8 @@ def smoke(session: nox.Session) -> None:
     """Build the environment in isolation and run the smoke check in it [-- --json]."""
     from devtools import sandbox
 
-    cli.run_task(lambda: sandbox.check_environment(settings.load()), json="--json" in session.posargs)
+    parser = posargs.parser("smoke", "Build the environment in isolation and run the smoke check in it.")
+    posargs.run(session.posargs, parser.parse_args, lambda _: sandbox.run_smoke_check(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
@@ -64,8 +66,11 @@ def train_step(session: nox.Session) -> None:
     """Train a few steps with the real trainer in isolation [-- --help]."""
     from devtools import sandbox
 
-    options, json = sandbox.parse_options(session.posargs)
-    cli.run_task(lambda: sandbox.train_in_it(settings.load(), options), json=json)
+    posargs.run(
+        session.posargs,
+        sandbox.parse_options,
+        lambda options: sandbox.run_training_step(settings.load(), options),
+    )
 
 
 @nox.session(venv_backend="none", default=False)
@@ -73,7 +78,7 @@ def lock(session: nox.Session) -> None:
     """Make the hashed locks from their .in files [-- LOCK ... --upgrade --profile NAME --cutoff DATE]."""
     from devtools.locks import make
 
-    cli.run_task(lambda: make.make_all(make.parse_options(session.posargs)), json="--json" in session.posargs)
+    posargs.run(session.posargs, make.parse_options, make.make_all)
 
 
 @nox.session(venv_backend="none", tags=["ci"])
@@ -81,7 +86,9 @@ def lock_check(session: nox.Session) -> None:
     """Check offline that every lock is unedited and agrees with its .in file [-- --json]."""
     from devtools.locks import make
 
-    cli.run_task(make.check_all, json="--json" in session.posargs)
+    parser = posargs.parser("lock_check", "Check offline that every lock agrees with its .in file.")
+    # Plain nox gives what follows -- to each session of the loop: what the tests take is not ours.
+    posargs.run(session.posargs, parser.parse_known_args, lambda _: make.check_all())
 
 
 @nox.session(default=False)
@@ -96,9 +103,10 @@ def upstream(session: nox.Session) -> None:
     """Explain why upstream's own macOS requirements cannot be installed [-- --commit ID --json]."""
     from devtools.locks import upstream
 
-    cli.run_task(
-        lambda: upstream.run(settings.load(), upstream.parse_options(session.posargs)),
-        json="--json" in session.posargs,
+    posargs.run(
+        session.posargs,
+        upstream.parse_options,
+        lambda options: upstream.run(settings.load(), options),
     )
 
 
@@ -129,8 +137,7 @@ def rehearse(session: nox.Session) -> None:
     """Rehearse a training on a simulated MPS device, on any machine [-- --help]."""
     from devtools.rehearsal import runner
 
-    wanted = runner.parse_options(session.posargs)
-    cli.run_task(lambda: runner.rehearse(wanted), json=wanted.json)
+    posargs.run(session.posargs, runner.parse_options, runner.rehearse)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -138,13 +145,12 @@ def rehearse_matrix(session: nox.Session) -> None:
     """Rehearse all networks, optimizers and options, and write docs/mps-support.md [-- --help]."""
     from devtools.rehearsal import matrix
 
-    wanted = matrix.parse_options(session.posargs)
-    cli.run_task(lambda: matrix.rehearse(wanted))
+    posargs.run(session.posargs, matrix.parse_options, matrix.rehearse)
 
 
 @nox.session(default=False)
 def rehearse_data(session: nox.Session) -> None:
-    """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ...]."""
+    """Make the rehearsals' operator data from the locks' macOS wheels [-- PROFILE ... --json]."""
     session.install(*DEV)
     session.run("python", "-m", "devtools.rehearsal.wheel", *session.posargs)
 
@@ -154,5 +160,4 @@ def chaos(session: nox.Session) -> None:
     """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
     from devtools import chaos
 
-    given = chaos.parse(session.posargs)
-    cli.run_task(lambda: chaos.run(settings.load(), given), json=given.json)
+    posargs.run(session.posargs, chaos.parse_options, lambda options: chaos.run(settings.load(), options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import socket
@@ -17,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from devtools import posargs
 from devtools.sandbox import SANDBOX
-from kohya_mps.core import cli
 from kohya_mps.core.errors import StepFailed
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import RUN_MARK, ProcessResult, clean_environ, end_leftovers, stream, uv
@@ -67,12 +66,24 @@ class Row(msgspec.Struct, frozen=True):
         return Check.of(f"{self.work} / {self.against}", self.ratio <= self.at_most, detail)
 
 
-def run(settings: Settings, arguments: Sequence[str]) -> Report:
-    """Measure the parts that were asked for, alternating both sides, and report the ratios."""
-    parser = argparse.ArgumentParser(prog="nox -s bench --", description="Compare with the bare tools.")
+class BenchOptions(msgspec.Struct, frozen=True):
+    """What is measured, and how often each side runs."""
+
+    parts: tuple[str, ...]
+    times: int
+
+
+def parse_options(arguments: Sequence[str]) -> BenchOptions:
+    """The options of ``nox -s bench``."""
+    parser = posargs.parser("bench", "Compare with the bare tools.")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; repeatable")
     parser.add_argument("--times", type=int, default=5, help="how often each side runs")
-    given = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    return BenchOptions(tuple(parsed.only or PARTS), parsed.times)
+
+
+def run(settings: Settings, options: BenchOptions) -> Report:
+    """Measure the parts that were asked for, alternating both sides, and report the ratios."""
     measures: dict[str, Callable[[Settings, Path, int], list[Row]]] = {
         "venv": _venv,
         "payload": _payload,
@@ -87,9 +98,9 @@ def run(settings: Settings, arguments: Sequence[str]) -> Report:
     rows: list[Row] = []
     _SCRATCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_SCRATCH) as directory:
-        for part in given.only or PARTS:
+        for part in options.parts:
             say(f"measuring {part}")
-            rows += measures[part](settings, Path(directory), given.times)
+            rows += measures[part](settings, Path(directory), options.times)
     data = [{**msgspec.structs.asdict(row), "ratio": round(row.ratio, 3)} for row in rows]
     report = Report("Bench", tuple(row.check() for row in rows), {"rows": data})
     (ROOT / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(data)))
@@ -385,10 +396,5 @@ def _disk(*trees: Path) -> int:
     return sum(seen.values())
 
 
-def main() -> None:
-    """``python -m devtools.bench``, in the session's environment, which has pip."""
-    cli.run_task(lambda: run(load(), sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    main()
+    posargs.run(sys.argv[1:], parse_options, lambda options: run(load(), options))

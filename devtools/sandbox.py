@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from devtools import posargs
 from kohya_mps.core.errors import KohyaError, StepFailed
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Report, say
@@ -27,14 +27,14 @@ from kohya_mps.install.generations import Generation
 SANDBOX = ROOT / ".nox" / "install"
 
 
-def check_environment(settings: Settings) -> Report:
+def run_smoke_check(settings: Settings) -> Report:
     """Build the environment in isolation, from the same lock, and run the smoke check in it."""
     apart = msgspec.structs.replace(settings, home=SANDBOX)
     with exclusive_lock(Installation(SANDBOX)):
         return smoke_check.run(apart, ready(apart))
 
 
-def train_in_it(settings: Settings, options: training_step.TrainingStepOptions) -> Report:
+def run_training_step(settings: Settings, options: training_step.TrainingStepOptions) -> Report:
     """Run the training step in the isolated environment, on the installed checkout or one of its own.
 
     Args:
@@ -48,20 +48,15 @@ def train_in_it(settings: Settings, options: training_step.TrainingStepOptions) 
         return training_step.run(apart, ready(apart), tree, home.verification, options)
 
 
-def parse_options(arguments: Sequence[str]) -> tuple[training_step.TrainingStepOptions, bool]:
-    """What was typed behind ``nox -s train_step --``, and whether the report is wanted as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="nox -s train_step --", description="Train a few steps and judge them."
-    )
+def parse_options(arguments: Sequence[str]) -> training_step.TrainingStepOptions:
+    """The options of ``nox -s train_step``."""
+    parser = posargs.parser("train_step", "Train a few steps and judge them.")
     parser.add_argument("--network", default="lora", choices=tuple(training_step.NETWORKS))
     parser.add_argument("--optimizer", default="AdamW", metavar="NAME", help="as sd-scripts names it")
     parser.add_argument("--full", action="store_true", help="a model of Stable Diffusion 1.5's size (4 GB)")
     parser.add_argument("--builtin", action="store_true", help="train without kohya's trainer")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
-    given = parser.parse_args(arguments)
-    return training_step.TrainingStepOptions(
-        given.network, given.optimizer, given.full, given.builtin
-    ), given.json
+    parsed = parser.parse_args(arguments)
+    return training_step.TrainingStepOptions(parsed.network, parsed.optimizer, parsed.full, parsed.builtin)
 
 
 def ready(settings: Settings) -> Generation:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -57,3 +58,17 @@ def test_the_training_steps_own_help_and_its_wrong_options() -> None:
     wrong = nox("-s", "train_step", "--", "--network", "full")
     assert wrong.returncode == 2
     assert "invalid choice: 'full'" in wrong.stderr
+
+
+def test_plain_noxs_arguments_for_the_tests_do_not_end_the_check_of_the_locks() -> None:
+    done = nox("-s", "lock_check", "--", "-k", "some test", "--json")
+    assert done.returncode == 0, done.stderr
+    assert '"ok": true' in done.stdout
+
+
+def test_the_body_of_a_session_is_at_most_twelve_lines_and_asks_for_no_sessions_name() -> None:
+    text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    assert "session.name" not in text
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= 12, node.name

@@ -34,7 +34,7 @@ def apart() -> Settings:
 
 @pytest.fixture(scope="module")
 def generation(apart: Settings) -> Generation:
-    report = sandbox.check_environment(apart)
+    report = sandbox.run_smoke_check(apart)
     assert report.ok, report.checks
     return setup.installed(Installation(apart.home))
 
@@ -49,7 +49,7 @@ def near(apart: Settings, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_smoke_check_passes_on_the_device_that_is_here(generation: Generation, apart: Settings) -> None:
-    report = sandbox.check_environment(apart)
+    report = sandbox.run_smoke_check(apart)
 
     assert report.ok
     assert report.extra["device"] == machine.expected_device()
@@ -70,7 +70,7 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
         report = smoke_check.run(apart, generation)
     finally:
         shutil.rmtree(generation.path)
-        sandbox.check_environment(apart)
+        sandbox.run_smoke_check(apart)
 
     failed = {check.name: check.detail for check in report.checks if check.status is Status.FAIL}
     assert list(failed) == ["installed versions"]
@@ -81,7 +81,9 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
 def test_the_built_in_step_trains_and_says_that_kohyas_trainer_was_not_run(
     apart: Settings, network: str
 ) -> None:
-    report = sandbox.train_in_it(apart, training_step.TrainingStepOptions(network=network, builtin=True))
+    report = sandbox.run_training_step(
+        apart, training_step.TrainingStepOptions(network=network, builtin=True)
+    )
 
     assert report.ok, report.checks
     assert len(report.extra["losses"]) == training_step.STEPS
@@ -165,7 +167,7 @@ def test_setup_ends_with_kohyas_trainer_having_trained(
     ("network", "optimizer"), [("lora", "Lion"), ("locon", "AdamW"), ("lokr", "Prodigy")]
 )
 def test_kohyas_trainer_trains_each_network(apart: Settings, network: str, optimizer: str) -> None:
-    report = sandbox.train_in_it(
+    report = sandbox.run_training_step(
         apart, training_step.TrainingStepOptions(network=network, optimizer=optimizer)
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from devtools import posargs
 from devtools.sandbox import SANDBOX
 from kohya_mps.core.process import capture, clean_environ, uv
 from kohya_mps.core.report import Report
@@ -51,13 +52,12 @@ FAULTS = {
 }
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of ``nox -s chaos``."""
-    parser = argparse.ArgumentParser(prog="nox -s chaos --", description="Break set-ups, and mend them.")
+    parser = posargs.parser("chaos", "Break set-ups, and mend them.")
     parser.add_argument("--kills", type=int, default=60, help="half on a fresh install, half on a rebuild")
     parser.add_argument("--pairs", type=int, default=20, help="how often two runs are started together")
     parser.add_argument("--only", choices=tuple(FAULTS), action="append", help="this fault; repeatable")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args(arguments)
 
 

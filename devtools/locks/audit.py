@@ -6,16 +6,16 @@ audit that did not happen must not look like a good one.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import msgspec
 
-from kohya_mps.core import cli, settings
+from devtools import posargs
+from kohya_mps.core import settings
 from kohya_mps.core.process import capture
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.install import lockfile
@@ -64,7 +64,6 @@ class Options(msgspec.Struct, frozen=True):
     """What ``nox -s audit`` was asked for."""
 
     names: tuple[str, ...]
-    json: bool
 
 
 class Unreachable(Exception):
@@ -75,13 +74,11 @@ class Unreachable(Exception):
 Service = Callable[[Mapping[str, str]], tuple[Audited, ...]]
 
 
-def parse_options(posargs: Iterable[str]) -> Options:
-    """Read the arguments of ``nox -s audit``; without a name, every lock is meant."""
-    parser = argparse.ArgumentParser(prog="nox -s audit --", description="Look up known vulnerabilities.")
-    parser.add_argument("names", nargs="*", metavar="LOCK", help=f"one of {', '.join(make.names())}")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
-    given = parser.parse_args(list(posargs))
-    return Options(make.chosen(given.names), given.json)
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The options of ``nox -s audit``; without a name, every lock is meant."""
+    parser = posargs.parser("audit", "Look up known vulnerabilities.")
+    posargs.add_locks(parser, make.names())
+    return Options(make.chosen(parser.parse_args(arguments).names))
 
 
 def pip_audit(versions: Mapping[str, str]) -> tuple[Audited, ...]:
@@ -196,4 +193,4 @@ def _unused(entry: Accepted) -> Check:
 
 
 if __name__ == "__main__":
-    cli.run_task(lambda: run(parse_options(sys.argv[1:])), json="--json" in sys.argv)
+    posargs.run(sys.argv[1:], parse_options, run)

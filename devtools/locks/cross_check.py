@@ -6,12 +6,12 @@ distribution's metadata is read. Nothing is run: that a Mac *does* load it is *p
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import re
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from kohya_mps.core import cli, settings
+from devtools import posargs
+from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed
 from kohya_mps.core.process import capture, clean_environ, uv
 from kohya_mps.core.report import Check, Report, say
@@ -40,7 +41,6 @@ class Options(msgspec.Struct, frozen=True):
     """What ``nox -s cross_check`` was asked for."""
 
     names: tuple[str, ...]
-    json: bool
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -72,15 +72,11 @@ class Proof(msgspec.Struct, frozen=True):
     found: Found
 
 
-def parse_options(posargs: Iterable[str]) -> Options:
-    """Read the arguments of ``nox -s cross_check``; without a name, every lock is meant."""
-    parser = argparse.ArgumentParser(
-        prog="nox -s cross_check --", description="Prove that a Mac could load the locks."
-    )
-    parser.add_argument("names", nargs="*", metavar="LOCK", help=f"one of {', '.join(make.names())}")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
-    given = parser.parse_args(list(posargs))
-    return Options(make.chosen(given.names), given.json)
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The options of ``nox -s cross_check``; without a name, every lock is meant."""
+    parser = posargs.parser("cross_check", "Prove that a Mac could load the locks.")
+    posargs.add_locks(parser, make.names())
+    return Options(make.chosen(parser.parse_args(arguments).names))
 
 
 def run(options: Options) -> Report:
@@ -379,6 +375,4 @@ def _several(lines: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
-    cli.run_task(lambda: run(parse_options(sys.argv[1:])), json="--json" in sys.argv)
+    posargs.run(sys.argv[1:], parse_options, run)

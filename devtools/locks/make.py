@@ -6,7 +6,6 @@ so that a change of either file shows without a network, a cache or a resolver.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import re
@@ -20,6 +19,7 @@ import msgspec
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from devtools import posargs
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError, restores
 from kohya_mps.core.files import write_atomic
@@ -52,7 +52,6 @@ class LockOptions(msgspec.Struct, frozen=True):
     names: tuple[str, ...]
     upgrade: bool
     cutoff: str | None
-    json: bool
 
 
 class _Stamp(msgspec.Struct, frozen=True):
@@ -70,24 +69,21 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: ("\n-c " in found[name], name))
 
 
-def parse_options(posargs: Iterable[str]) -> LockOptions:
+def parse_options(arguments: Sequence[str]) -> LockOptions:
     """Read the arguments of ``nox -s lock``; without a name, every lock is meant."""
-    parser = argparse.ArgumentParser(
-        prog="nox -s lock --", description="Make the locks from their .in files."
-    )
-    parser.add_argument("names", nargs="*", metavar="LOCK", help=f"one of {', '.join(names())}")
+    parser = posargs.parser("lock", "Make the locks from their .in files.")
+    posargs.add_locks(parser, names())
     parser.add_argument("--profile", choices=settings.profile_names(), help="the locks of this profile")
     parser.add_argument(
         "--upgrade", action="store_true", help="take newer versions where the .in allows them"
     )
     parser.add_argument("--cutoff", metavar="DATE", help="ignore later releases; written into the .in")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
-    given = parser.parse_args(list(posargs))
-    asked = list(given.names)
-    if given.profile:
-        profile = settings.load_profile(given.profile, "--profile")
-        asked += [profile.lock, profile.gui_lock]
-    return LockOptions(chosen(asked), given.upgrade, given.cutoff, given.json)
+    parsed = parser.parse_args(arguments)
+    requested = list(parsed.names)
+    if parsed.profile:
+        profile = settings.load_profile(parsed.profile, "--profile")
+        requested += [profile.lock, profile.gui_lock]
+    return LockOptions(chosen(requested), parsed.upgrade, parsed.cutoff)
 
 
 def chosen(asked: Sequence[str]) -> tuple[str, ...]:

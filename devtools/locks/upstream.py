@@ -6,11 +6,10 @@ file, and this is how the project learns that it is no longer needed.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from devtools import posargs
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.installation import Installation
@@ -120,20 +120,15 @@ class Options(msgspec.Struct, frozen=True):
     """What ``nox -s upstream`` was asked for: a commit instead of the pinned and the current one."""
 
     commit: str | None
-    json: bool
 
 
-def parse_options(posargs: Iterable[str]) -> Options:
-    """Read the arguments of ``nox -s upstream``."""
-    parser = argparse.ArgumentParser(
-        prog="nox -s upstream --", description=f"Explain why upstream's {FILE} cannot be installed."
-    )
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The options of ``nox -s upstream``."""
+    parser = posargs.parser("upstream", f"Explain why upstream's {FILE} cannot be installed.")
     parser.add_argument(
         "--commit", metavar="ID", help="of kohya_ss; without it, the pinned and the current one"
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON to standard output")
-    given = parser.parse_args(list(posargs))
-    return Options(given.commit, given.json)
+    return Options(parser.parse_args(arguments).commit)
 
 
 def run(chosen: Settings, options: Options) -> Report:

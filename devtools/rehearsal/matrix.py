@@ -6,7 +6,6 @@ environment, the operator data nor the simulation has changed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import hashlib
@@ -18,7 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from devtools import sandbox
+from devtools import posargs, sandbox
 from kohya_mps.core import settings
 from kohya_mps.core.files import write_atomic
 from kohya_mps.core.installation import Installation
@@ -52,9 +51,9 @@ class MatrixOptions(msgspec.Struct, frozen=True):
 def parse_options(arguments: Sequence[str]) -> MatrixOptions:
     """The options of ``nox -s rehearse_matrix``."""
     families = tuple(runner.trainings().trainers)
-    parser = argparse.ArgumentParser(
-        prog="nox -s rehearse_matrix --",
-        description="Rehearse all networks, optimizers and options; an interrupted run goes on where it was.",
+    parser = posargs.parser(
+        "rehearse_matrix",
+        "Rehearse all networks, optimizers and options; an interrupted run goes on where it was.",
     )
     parser.add_argument(
         "--profile", action="append", choices=tuple(profile_names()), help="all of them if left out"

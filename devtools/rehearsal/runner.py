@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from devtools import sandbox
+from devtools import posargs, sandbox
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.installation import Installation
@@ -53,7 +52,6 @@ class RehearsalOptions(msgspec.Struct, frozen=True):
     optimizer: str
     builtin: bool
     fallback: bool
-    json: bool
     arguments: tuple[str, ...]
 
 
@@ -89,9 +87,9 @@ def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
     theirs: list[str] = []
     if "--" in own:
         own, theirs = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        prog="nox -s rehearse --",
-        description="Train a few steps on a simulated MPS device and report what a Mac would make of it.",
+    parser = posargs.parser(
+        "rehearse",
+        "Train a few steps on a simulated MPS device and report what a Mac would make of it.",
         epilog="What follows a second -- is given to kohya's trainer: nox -s rehearse -- -- --loss_type huber",
     )
     parser.add_argument("--profile", help="whose versions; config/settings.yaml's where left out")
@@ -104,7 +102,6 @@ def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
         action="store_true",
         help="as with PYTORCH_ENABLE_MPS_FALLBACK=1, which launches here set",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(own)
     if given.builtin and theirs:
         parser.error("--builtin takes none of the trainer's options")
@@ -115,7 +112,6 @@ def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
         given.optimizer,
         given.builtin,
         given.fallback,
-        given.json,
         tuple(theirs),
     )
 

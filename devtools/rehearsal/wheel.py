@@ -13,12 +13,12 @@ import datetime
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from kohya_mps.core import cli
+from devtools import posargs
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import write_atomic
 from kohya_mps.core.process import capture, clean_environ, stream, uv
@@ -33,6 +33,13 @@ from .texts import Text
 _READER = Path(__file__).with_name("native_functions.py")
 # uv takes a Mac of macOS 13 for granted; newer wheels want a newer one, and nothing is run here.
 _MACOS = "15.0"
+
+
+def parse_options(arguments: Sequence[str]) -> list[str]:
+    """The profiles behind ``nox -s rehearse_data --``."""
+    parser = posargs.parser("rehearse_data", "Make the rehearsals' operator data from the macOS wheels.")
+    parser.add_argument("names", nargs="*", metavar="PROFILE", help="all of them if left out")
+    return list(parser.parse_args(arguments).names)
 
 
 def make(names: list[str]) -> Report:
@@ -155,4 +162,4 @@ def _same(one: Operators, other: Operators) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run_task(lambda: make(sys.argv[1:]))
+    posargs.run(sys.argv[1:], parse_options, make)

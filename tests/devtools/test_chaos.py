@@ -246,5 +246,5 @@ def test_wrong_arguments_are_refused_with_what_can_be_typed(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        chaos.parse(arguments)
+        chaos.parse_options(arguments)
     assert "nox -s chaos --" in capsys.readouterr().err
