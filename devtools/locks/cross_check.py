@@ -25,6 +25,7 @@ from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed
 from kohya_mps.core.process import capture, clean_environ, uv
 from kohya_mps.core.report import Check, Report, say
+from kohya_mps.core.text import join_some
 from kohya_mps.install import lockfile, package_index
 
 from . import macho, make
@@ -191,7 +192,9 @@ def judge(proof: Proof) -> list[Check]:
     )
     fix = f"change constraints/{proof.lock}.in, then `nox -s lock -- {proof.lock}`"
     return [
-        Check.of(f"{proof.lock} on macOS {proof.macos}: {what}", not wrong, _several(wrong) or good, fix)
+        Check.of(
+            f"{proof.lock} on macOS {proof.macos}: {what}", not wrong, join_some(wrong, 10, "\n") or good, fix
+        )
         for what, wrong, good in rows
     ]
 
@@ -367,11 +370,6 @@ def _licences(proofs: Iterable[Proof]) -> tuple[str, ...]:
             merged.setdefault(text, set()).update(names)
     lines = [f"  {text}: {', '.join(sorted(names))}" for text, names in sorted(merged.items())]
     return ("Nothing of this ran on a Mac: that it loads there is predicted.", "Licences:", *lines)
-
-
-def _several(lines: tuple[str, ...]) -> str:
-    more = f"\nand {len(lines) - 10} more" if len(lines) > 10 else ""
-    return "\n".join(lines[:10]) + more
 
 
 if __name__ == "__main__":

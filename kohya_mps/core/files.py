@@ -1,9 +1,19 @@
-"""Files and links that are replaced in one step."""
+"""Files and links that are replaced in one step, and where a new one would go."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def existing_ancestor(path: Path) -> Path:
+    """The path itself if it exists, else the nearest directory above it that does.
+
+    A link counts as existing even if it leads nowhere: nothing can be created under its name.
+    """
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path
 
 
 def write_atomic(path: Path, data: bytes) -> None:

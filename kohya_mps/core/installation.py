@@ -11,6 +11,8 @@ from pathlib import Path
 import msgspec
 
 from .errors import UsageError
+from .files import existing_ancestor
+from .text import join_some
 
 STATE = ".kohya-mps"
 
@@ -70,11 +72,10 @@ def check_location(home: Installation) -> None:
     if root.is_dir():
         strangers = sorted({entry.name for entry in root.iterdir()} - {STATE, "venv", ".DS_Store"})
         if strangers and not (root / ".git").exists() and not home.checkout_move.exists():
-            listed = ", ".join(strangers[:5]) + (", …" if len(strangers) > 5 else "")
-            raise UsageError(f"{root} is not empty and is no kohya_ss checkout: it holds {listed}", choose)
-    existing = root
-    while not existing.exists():
-        existing = existing.parent
+            raise UsageError(
+                f"{root} is not empty and is not a kohya_ss checkout: it holds {join_some(strangers)}", choose
+            )
+    existing = existing_ancestor(root)
     if not existing.is_dir():
         raise UsageError(f"{existing} is not a directory, so {root} cannot be made", choose)
     if not os.access(existing, os.W_OK | os.X_OK):

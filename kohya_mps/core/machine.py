@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
+
+from .files import existing_ancestor
 
 
 def on_mac() -> bool:
@@ -26,6 +29,14 @@ def expected_architecture() -> str:
 def memory_gb() -> float:
     """The machine's memory in gigabytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def free_disk_gb(path: Path) -> float:
+    """The free space, in gigabytes, of the disk that has or would have ``path``."""
+    existing = existing_ancestor(path)
+    if not existing.exists():  # a link that leads nowhere
+        existing = existing.parent
+    return shutil.disk_usage(existing).free / 1e9
 
 
 def expected_device() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import select
 import subprocess
 import sys
@@ -18,11 +17,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import msgspec
 
 from .errors import StepFailed
+from .text import strip_ansi
 
 if TYPE_CHECKING:
     import psutil
-
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 # Marks every process of one run, so that what a killed run left behind can be found.
 RUN_MARK = "KOHYA_MPS_RUN"
@@ -63,7 +61,7 @@ class ProcessResult(msgspec.Struct, frozen=True):
     @property
     def last_line(self) -> str:
         """The last thing it said, which for most programs is the reason it failed."""
-        plain = _ANSI.sub("", self.tail).replace("\r", "\n")
+        plain = strip_ansi(self.tail).replace("\r", "\n")
         lines = [line.strip() for line in plain.splitlines() if line.strip()]
         return lines[-1] if lines else "(it printed nothing)"
 
@@ -258,12 +256,7 @@ def end_tree(pids: Iterable[int], grace_seconds: float = 5.0) -> None:
 
     def alive() -> list[psutil.Process]:
         # Not psutil's own wait: it would reap our child, whose exit status is still wanted.
-        left = []
-        for process in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    left.append(process)
-        return left
+        return [process for process in tree if process.is_running() and is_alive(process.pid)]
 
     for process in alive():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -274,6 +267,18 @@ def end_tree(pids: Iterable[int], grace_seconds: float = 5.0) -> None:
     for process in alive():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for (a zombie) does not."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # it is there, and is somebody else's
+        return True
 
 
 def end_leftovers(mark: str) -> int:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from .errors import Busy
 from .files import write_atomic
 from .installation import Installation
-from .process import RUN_MARK, end_leftovers, running_from
+from .process import RUN_MARK, end_leftovers, is_alive, running_from
 
 
 class _Holder(msgspec.Struct, frozen=True):
@@ -112,20 +112,11 @@ def _wait_for_holder(record: Path) -> _Holder | None:
     deadline = time.monotonic() + 1
     while True:
         holder = _read_holder(record)
-        if holder and _alive(holder.pid):
+        if holder and is_alive(holder.pid):
             return holder
         if time.monotonic() > deadline:
             return None
         time.sleep(0.01)
-
-
-def _alive(pid: int) -> bool:
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _read_holder(record: Path) -> _Holder | None:

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import yaml
@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from .errors import UsageError, restores
 from .machine import macos_version, on_mac
+from .text import shorten
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
@@ -28,7 +29,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 _RELEASE = re.compile(r"\d+(\.\d+){0,2}")
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,39 +190,61 @@ def profile_names(config: Path = CONFIG) -> list[str]:
     return sorted(path.stem for path in (config / "profiles").glob("*.yaml"))
 
 
-def read_yaml(path: Path, kind: type[T]) -> T:
-    """Read a YAML file into ``kind``.
+def read_yaml(path: Path, kind: type[T], *, fix: str = "") -> T:
+    """Read a YAML file into ``kind``: a struct, or a mapping such as ``dict[str, Struct]``.
+
+    Args:
+        path: the file.
+        kind: what it has to contain.
+        fix: how a missing file comes back; for one of this project's own when left out.
 
     Raises:
-        UsageError: when it is missing, is not YAML, or does not have that shape.
+        UsageError: it is missing, is not YAML, or does not have that shape.
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 -- both are safe
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", restores(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", fix or restores(path)) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}", fix) from error
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{path}: {_explain(str(error), data, kind)}") from error
+        raise UsageError(f"{path}: {_explain_mismatch(str(error), data, kind)}", fix) from error
 
 
-def _explain(message: str, data: Any, kind: type[msgspec.Struct]) -> str:
-    """msgspec names the key and the type; add what was found there and what is accepted."""
-    what, _, where = message.partition(" - at `")
-    keys = re.findall(r"[^.$`\[\]]+", where)
-    found, inside = data, kind
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-        field = next((f for f in msgspec.structs.fields(inside) if f.encode_name == key), None)
-        if field is not None and isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            inside = field.type
-    accepted = ", ".join(field.encode_name for field in msgspec.structs.fields(inside))
-    place = ".".join(keys)
-    if "unknown field" in what or "missing required field" in what:
-        return f"{place + ': ' if place else ''}{what[0].lower() + what[1:]}; accepted keys: {accepted}"
-    return f"{place or 'the file'}: {what[0].lower() + what[1:]}; found {found!r}"
+def _explain_mismatch(message: str, data: Any, kind: Any) -> str:
+    """Add to msgspec's message, which names the key and the type, what was found and what is accepted."""
+    problem, _, where = message.partition(" - at `")
+    problem = problem[0].lower() + problem[1:]
+    path = ""
+    found = data
+    for step in re.findall(r"\[[^\]]*\]|[^.$`\[\]]+", where.rpartition("$")[2]):
+        name, found, kind = _descend(step, found, kind)
+        path += name if name.startswith("[") or not path else f".{name}"
+    if "unknown field" in problem or "missing required field" in problem:
+        accepted = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
+        return f"{path + ': ' if path else ''}{problem}; accepted keys: {accepted}"
+    return f"{path or 'the file'}: {problem}; found {shorten(repr(found), 200)}"
+
+
+def _descend(step: str, data: Any, kind: Any) -> tuple[str, Any, Any]:
+    """Go one step of msgspec's path: its name, the data and the type below it."""
+    if step == "[...]":  # in a mapping msgspec does not say which key; it is the first that does not fit
+        inner = get_args(kind)[-1]
+        return *next((key, value) for key, value in data.items() if not _fits(value, inner)), inner
+    if step.startswith("["):
+        return step, data[int(step[1:-1])], next(each for each in get_args(kind) if each is not ...)
+    inner = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == step)
+    return step, data.get(step), inner
+
+
+def _fits(data: Any, kind: Any) -> bool:
+    try:
+        msgspec.convert(data, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _override(from_file: str, variable: str, flag: str | None, file_says: str) -> tuple[str, str]:

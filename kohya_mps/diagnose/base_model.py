@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from kohya_mps.core.text import format_size
+
 
 class Form(StrEnum):
     """How a model is stored, or why there is none."""
@@ -71,7 +73,7 @@ def inspect(name: str, path: Path) -> Model:
     if os.path.isfile(path):
         if path.suffix.lower() == ".safetensors":
             return _safetensors(path)
-        return Model(Form.PICKLE, f"{path} ({os.path.getsize(path) / 1e9:.1f} GB)")
+        return Model(Form.PICKLE, f"{path} ({format_size(os.path.getsize(path))})")
     if _REPOSITORY.fullmatch(name) and Path(name).suffix.lower() not in _WEIGHTS:
         return Model(Form.HUB, f"{name}, fetched from Hugging Face", _guess(name))
     return Model(Form.MISSING, f"{path} does not exist")
@@ -106,7 +108,7 @@ def _safetensors(path: Path) -> Model:
         part = next((part for part, prefix in _PARTS if key.startswith(prefix)), "")
         if part:
             parameters[part] = parameters.get(part, 0) + count
-    return Model(Form.SAFETENSORS, f"{path} ({os.path.getsize(path) / 1e9:.1f} GB)", family, parameters)
+    return Model(Form.SAFETENSORS, f"{path} ({format_size(os.path.getsize(path))})", family, parameters)
 
 
 def _diffusers(path: Path) -> Model:
@@ -167,6 +169,6 @@ def _header(path: Path) -> dict[str, int]:
     except (msgspec.DecodeError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise _Damaged("is no safetensors file: its header cannot be read") from error
     if 8 + length + end > size:
-        missing = (8 + length + end - size) / 1e6
-        raise _Damaged(f"is not whole: {missing:.1f} MB are missing (an interrupted download?)")
+        missing = format_size(8 + length + end - size)
+        raise _Damaged(f"is not whole: {missing} are missing (an interrupted download?)")
     return counts

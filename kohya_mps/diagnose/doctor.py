@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from kohya_mps.core.errors import StepFailed
+from kohya_mps.core.errors import StepFailed, UsageError
+from kohya_mps.core.files import existing_ancestor
 from kohya_mps.core.installation import Installation
-from kohya_mps.core.machine import expected_device, memory_gb, on_mac
+from kohya_mps.core.machine import expected_device, free_disk_gb, memory_gb, on_mac
 from kohya_mps.core.process import capture, clean_environ, stream, uv
 from kohya_mps.core.report import Check, Report, Status, say
-from kohya_mps.core.settings import CONSTRAINTS, ROOT, Settings
+from kohya_mps.core.settings import CONSTRAINTS, ROOT, Settings, read_yaml
+from kohya_mps.core.text import join_some
 from kohya_mps.install import accelerate_config, accelerate_launch, generations, inventory, lockfile, status
 from kohya_mps.install.generations import Generation
 from kohya_mps.known_failures import catalogue
@@ -134,9 +134,6 @@ def examine(settings: Settings, asked: DoctorOptions) -> Report:
 
 
 def _machine(settings: Settings, home: Installation) -> MachineFacts:
-    place = home.root
-    while not place.exists():
-        place = place.parent
     macos = platform.mac_ver()[0] or None
     environ = os.environ
     high, low = (
@@ -156,7 +153,7 @@ def _machine(settings: Settings, home: Installation) -> MachineFacts:
         tools_python=platform.python_version(),
         git=_first_line(["git", "--version"]),
         xcode=_first_line(["xcode-select", "-p"]) if on_mac() else None,
-        free_gb=shutil.disk_usage(place).free / 1e9,
+        free_gb=free_disk_gb(home.root),
         needed_gb=settings.profile.disk_gb["darwin" if on_mac() else "linux"],
         memory_gb=memory_gb(),
         conda=environ.get("CONDA_PREFIX") or None,
@@ -170,7 +167,7 @@ def _machine(settings: Settings, home: Installation) -> MachineFacts:
         watermark_nonsense=next((v for v in (high, low) if v is not None and _ratio(v, 0) is None), None),
         home=str(home.root),
         home_has_space=" " in str(home.root),
-        case_sensitive=_tells_case(place),
+        case_sensitive=_tells_case(existing_ancestor(home.root)),
         venv=str(home.venv),
         foreign_venv=generations.foreign_venv(home),
         installed=generations.active(home) is not None,
@@ -387,12 +384,10 @@ def _tells_case(place: Path) -> bool | None:
 def _use_cpu(path: Path) -> bool | None:
     """What an accelerate configuration says; nothing when it is missing or cannot be read."""
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return bool(read_yaml(path, dict[str, object]).get("use_cpu", False))
+    except UsageError:
         return None
-    return bool(read.get("use_cpu", False)) if isinstance(read, dict) else None
 
 
 def _listed(items: list[str]) -> str | None:
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return ", ".join(items[:5]) + more if items else None
+    return join_some(items) if items else None

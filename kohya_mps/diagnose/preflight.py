@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,11 @@ import msgspec
 from packaging.version import Version
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.core.machine import expected_device, memory_gb
+from kohya_mps.core.files import existing_ancestor
+from kohya_mps.core.machine import expected_device, free_disk_gb, memory_gb
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.settings import Settings, hugging_face_home
+from kohya_mps.core.text import join_some, shorten
 from kohya_mps.dataset import scan
 from kohya_mps.dataset.scan import Dataset
 from kohya_mps.install import lockfile
@@ -356,21 +357,17 @@ def _output(training: TrainerOptions, base: Path) -> tuple[str | None, float | N
     if not training.output_dir:
         return None, None
     wanted = scan.resolve_path(training.output_dir, base)
-    existing = wanted
-    while not os.path.lexists(existing) and existing != existing.parent:
-        existing = existing.parent
+    existing = existing_ancestor(wanted)
     if not os.path.isdir(existing):
         return f"{wanted} cannot be made: {existing} is not a directory", None
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{existing} is not writable for you", None
-    return None, shutil.disk_usage(existing).free / 1e9
+    return None, free_disk_gb(existing)
 
 
 def _listed(items: tuple[str, ...] | list[str]) -> str | None:
     """The first few of many, for a report's row; nothing for nothing."""
-    shown = [item if len(item) <= 200 else f"{item[:200]}…" for item in items[:5]]
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return ", ".join(shown) + more if items else None
+    return join_some([shorten(item, 200) for item in items]) if items else None
 
 
 def _differs(looked: Inspection) -> str | None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import write_atomic
@@ -29,7 +28,7 @@ from kohya_mps.core.machine import on_mac
 from kohya_mps.core.process import RUN_MARK, capture, end_leftovers, stream
 from kohya_mps.core.report import say
 from kohya_mps.core.run_lock import exclusive_lock
-from kohya_mps.core.settings import GUI_PRESETS, PROBES, Gui, Settings, load_gui
+from kohya_mps.core.settings import GUI_PRESETS, PROBES, Gui, Settings, load_gui, read_yaml
 from kohya_mps.install import accelerate_launch, generations
 from kohya_mps.install.generations import Generation
 from kohya_mps.install.setup import installed
@@ -213,7 +212,9 @@ def write_forms(home: Installation, generation: Generation, chosen: Gui) -> Path
 
     The mixed precision is that of the accelerate configuration, with which trainings start.
     """
-    configuration = yaml.safe_load(generation.accelerate_config.read_text(encoding="utf-8"))
+    configuration = read_yaml(
+        generation.accelerate_config, dict[str, object], fix="`invoke configure` writes it again"
+    )
     # Without an output directory the page writes to the root of the disk (lora_gui.py, tmpfilename).
     own = {
         "accelerate_launch": {"mixed_precision": str(configuration["mixed_precision"])},

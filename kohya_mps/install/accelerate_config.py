@@ -12,14 +12,13 @@ import os
 from pathlib import Path
 
 import msgspec
-import yaml
 
-from kohya_mps.core.errors import StepFailed, UsageError, restores
+from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import write_atomic
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device, macos_version, on_mac
 from kohya_mps.core.report import Check, Report, Status
-from kohya_mps.core.settings import CONFIG, PROBES, Settings, hugging_face_home
+from kohya_mps.core.settings import CONFIG, PROBES, Settings, hugging_face_home, read_yaml
 
 from . import accelerate_launch
 from .generations import Generation
@@ -102,11 +101,7 @@ def configure_distributed(settings: Settings, generation: Generation, layout: Pr
 
 
 def _template(name: str) -> dict[str, object]:
-    path = CONFIG / "accelerate" / f"{name}.yaml"
-    try:
-        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), dict[str, object])
-    except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
-        raise UsageError(f"{path}: {error}", restores(path)) from error
+    return read_yaml(CONFIG / "accelerate" / f"{name}.yaml", dict[str, object])
 
 
 def check_precision(settings: Settings) -> None:
@@ -180,12 +175,10 @@ def _write_checked(generation: Generation, target: Path, wanted: dict[str, objec
 def is_current(path: Path, wanted: dict[str, object]) -> bool:
     """Whether a configuration says what is wanted, field by field."""
     try:
-        present = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        present = read_yaml(path, dict[str, object])
+    except UsageError:
         return False
-    return isinstance(present, dict) and all(
-        key in present and present[key] == value for key, value in wanted.items()
-    )
+    return all(key in present and present[key] == value for key, value in wanted.items())
 
 
 def default_location() -> Path:

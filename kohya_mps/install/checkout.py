@@ -25,6 +25,7 @@ from kohya_mps.core.process import ProcessResult, capture, clean_environ, stream
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.run_lock import check_unused, exclusive_lock
 from kohya_mps.core.settings import GUI_PRESETS, Settings, without_secret
+from kohya_mps.core.text import join_some
 
 SUBMODULE = "sd-scripts"
 _REF = "refs/kohya-mps/"
@@ -263,10 +264,9 @@ class _Tree:
             self._git("reset", "--quiet")  # else every file counts as deleted and as unknown
         changed = self._local_changes() if here else []
         if changed and not stash:
-            listed = "\n".join(f"    {name}" for name in changed[:20])
-            more = f"\n    … and {len(changed) - 20} more" if len(changed) > 20 else ""
+            listed = join_some(changed, 20, "\n    ")
             raise UsageError(
-                f"{self.path} has local changes:\n{listed}{more}",
+                f"{self.path} has local changes:\n    {listed}",
                 "`invoke clone --stash` puts them away with git stash; commit or revert them to keep or drop them",
             )
         if here == commit and not changed:

@@ -14,7 +14,7 @@ import msgspec
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import write_atomic
 from kohya_mps.core.installation import Installation, check_location
-from kohya_mps.core.machine import expected_architecture, on_mac
+from kohya_mps.core.machine import expected_architecture, free_disk_gb, on_mac
 from kohya_mps.core.process import capture, clean_environ, stream, uv
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.run_lock import exclusive_lock
@@ -261,14 +261,11 @@ def check_disk(home: Installation, profile: Profile) -> None:
     Raises:
         UsageError: less free disk than the profile says a first installation needs.
     """
-    place = home.root
-    while not place.exists():
-        place = place.parent
     needed = profile.disk_gb["darwin" if on_mac() else "linux"]
-    free = shutil.disk_usage(place).free / 1e9
+    free = free_disk_gb(home.root)
     if free < needed:
         raise UsageError(
-            f"{place} has {free:.1f} GB of free disk; the environment and its downloads need {needed:g} GB",
+            f"the disk of {home.root} has {free:.1f} GB free; the environment and its downloads need {needed:g} GB",
             "free some space, or choose another disk with KOHYA_HOME",
         )
 

@@ -11,6 +11,7 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.run_lock import holder_pid
 from kohya_mps.core.settings import Settings
+from kohya_mps.core.text import format_size
 
 from . import accelerate_config, checkout, generations, inventory, lockfile, receipt
 from .generations import Generation
@@ -47,7 +48,7 @@ def status(settings: Settings) -> Report:
     extra = {"home": str(home.root), "generations": listed(home), "receipt": known}
     lines = [
         f"{'*' if g.active else ' '} {g.name}"
-        + (f"  {g.bytes / 1e9:.1f} GB (shared with uv's cache)" if g.bytes else "  interrupted")
+        + (f"  {format_size(g.bytes)} (shared with uv's cache)" if g.bytes else "  interrupted")
         for g in listed(home)
     ]
     return Report(

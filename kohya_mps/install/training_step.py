@@ -21,6 +21,7 @@ from kohya_mps.core.machine import expected_device
 from kohya_mps.core.process import ProcessResult, stream
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
+from kohya_mps.core.text import format_size
 from kohya_mps.known_failures import log_search
 
 from . import accelerate_launch
@@ -270,7 +271,7 @@ def judge(
             f"{found.tensors} tensors, {found.trained} of the {found.zero_start} that start at zero were trained",
             "the optimizer did not move the weights, or they are not finite",
         ),
-        Check("pace", Status.PASS, f"{pace}peak memory {finished.peak_bytes / 1e9:.2f} GB"),
+        Check("pace", Status.PASS, f"{pace}peak memory {format_size(finished.peak_bytes)}"),
     )
     return Report(
         title,

@@ -15,6 +15,7 @@ import msgspec
 from kohya_mps.core.errors import UsageError
 from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status, say
+from kohya_mps.core.text import shorten, strip_ansi
 
 from . import catalogue
 from .catalogue import Failure
@@ -24,7 +25,6 @@ _CHUNK = 1 << 20
 _OVERLAP = 16 * 1024
 _BEFORE = 4 * 1024
 
-_ANSI = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _EXCEPTION = re.compile(
     rb"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Invalid)\b(?::[^\r\n]*)?", re.MULTILINE
 )
@@ -113,7 +113,7 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
     last_error = ""
     newlines, window = 0, b""
     while piece := stream.read(_CHUNK):
-        text = _plain(window + piece)
+        text = strip_ansi(window + piece)
         for found in _in_window(text, searches, newlines):
             seen = latest.get(found.failure.id)
             if seen is None or found.line >= seen.line:
@@ -121,13 +121,13 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
         for match in _EXCEPTION.finditer(text):
             last_error = _readable(match[0])
         window = (window + piece)[-_OVERLAP:]
-        newlines += (text.count(b"\n")) - _plain(window).count(b"\n")
+        newlines += (text.count(b"\n")) - strip_ansi(window).count(b"\n")
     by_line: dict[int, Found] = {}
     for failure in order:  # of two that one line shows, the first of the data is the special one
         if failure.id in latest:
             by_line.setdefault(latest[failure.id].line, latest[failure.id])
     newest_first = sorted(by_line.values(), key=lambda found: -found.line)
-    return Explanation(tuple(newest_first), last_error, newlines + _plain(window).count(b"\n"))
+    return Explanation(tuple(newest_first), last_error, newlines + strip_ansi(window).count(b"\n"))
 
 
 def report(explanation: Explanation, log: str) -> Report:
@@ -210,10 +210,6 @@ def _any_whitespace(text: str) -> re.Pattern[bytes]:
     return re.compile(rb"\s+(?:\w+\.py:\d+\s+)?".join(re.escape(word) for word in text.encode().split()))
 
 
-def _plain(text: bytes) -> bytes:
-    return _ANSI.sub(b"", text) if b"\x1b" in text else text
-
-
 def _line(text: bytes, start: int, end: int) -> str:
     """The line of a match; a progress bar's redraws are lines of their own."""
     first = max(text.rfind(b"\n", 0, start), text.rfind(b"\r", 0, start)) + 1
@@ -224,7 +220,7 @@ def _line(text: bytes, start: int, end: int) -> str:
 def _readable(line: bytes) -> str:
     words = " ".join(line.decode(errors="replace").split())
     printable = "".join(c if c.isprintable() else "�" for c in words)
-    return printable if len(printable) <= 300 else f"{printable[:300]}…"
+    return shorten(printable, 300)
 
 
 def _sources(failure: Failure) -> str:

@@ -18,6 +18,7 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import stream
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import Settings
+from kohya_mps.core.text import format_size, strip_ansi
 from kohya_mps.install import accelerate_launch, lockfile, receipt
 from kohya_mps.install.generations import Generation
 from kohya_mps.install.setup import installed
@@ -33,7 +34,6 @@ _MOST_WARNINGS = 40
 # sd-scripts names samples NAME_STEP_PROMPT_TIME[_SEED].png, with e before an epoch's number.
 _SAMPLE = re.compile(r"_(e?\d{6})_(\d{2})_\d{14}(?:_\d+)?\.png$")
 _WARNING = re.compile(r"\bWARNING\b|Warning:")
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 _STYLE = """
 :root { --ink: #1d2330; --soft: #667085; --line: #e3e6ec; --paper: #fff; --card: #f7f8fa;
@@ -80,7 +80,7 @@ def report(settings: Settings, place: Path) -> Report:
     """Write the report of a run into its directory."""
     run = runs.find(place)
     write_atomic(run.report, html(settings, run).encode())
-    row = Check("report", Status.PASS, f"{run.report} ({run.report.stat().st_size / 1e6:.1f} MB)")
+    row = Check("report", Status.PASS, f"{run.report} ({format_size(run.report.stat().st_size)})")
     return Report("Report", (row,), {"report": str(run.report), "run": str(run.path)})
 
 
@@ -114,7 +114,7 @@ def _head(run: Run, steps: list[Step]) -> str:
             ("steps", f"{steps[-1].step}{total}"),
             ("average loss", f"{steps[-1].average:.4f}"),
             ("seconds per step", f"{live_view.pace(steps):.2f}"),
-            ("memory at the peak", f"{max(step.memory for step in steps) / 1e9:.2f} GB"),
+            ("memory at the peak", format_size(max(step.memory for step in steps))),
             ("time in steps", live_view.duration(sum(durations(steps, record.resumed).values()))),
         ]
     if begun:
@@ -265,7 +265,7 @@ def _table(facts: Mapping[str, str]) -> str:
 def _warnings(run: Run) -> str:
     text = run.log.read_text(encoding="utf-8", errors="replace") if run.log.is_file() else ""
     found = [
-        line.rpartition("\r")[2].strip() for line in _ANSI.sub("", text).split("\n") if _WARNING.search(line)
+        line.rpartition("\r")[2].strip() for line in strip_ansi(text).split("\n") if _WARNING.search(line)
     ]
     unique = list(dict.fromkeys(found))
     shown = "\n".join(unique[:_MOST_WARNINGS])

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kohya_mps.core.report import say
+from kohya_mps.core.text import format_size
 
 from .runs import Begun, Run, Step, durations
 
@@ -163,7 +164,7 @@ def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
         grid.add_row("loss", Text(f"{last.loss:.4f}   average {last.average:.4f}   rate {_rates(last)}"))
         grid.add_row("", Text(view.loss_curve(), "cyan"))
         grid.add_row("time", Text(_times(view)))
-        grid.add_row("memory", Text(f"{last.memory / 1e9:.2f} GB"))
+        grid.add_row("memory", Text(format_size(last.memory)))
     title = Text(f"{view.run.record().name}  {view.run.path}", overflow="ellipsis")
     hint = f"Ctrl-C {on_ctrl_c}" if on_ctrl_c else None
     return Panel(grid, title=title, title_align="left", subtitle=hint, subtitle_align="left")
@@ -195,7 +196,7 @@ def plain_line(view: View, last: Step, begun: Begun) -> str:
     """One line about the latest step."""
     return (
         f"step {last.step}/{begun.total}, epoch {last.epoch}, loss {last.loss:.4f}, average {last.average:.4f}, "
-        f"{_times(view)}, {last.memory / 1e9:.2f} GB"
+        f"{_times(view)}, {format_size(last.memory)}"
     )
 
 

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import yaml
 
-from kohya_mps.core.errors import UsageError, restores
+from kohya_mps.core.errors import UsageError
 from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status
-from kohya_mps.core.settings import CONFIG, Settings
+from kohya_mps.core.settings import CONFIG, Settings, read_yaml
+from kohya_mps.core.text import join_some
 from kohya_mps.dataset.scan import OTHER_PICTURES, SMALL_ENDINGS
 from kohya_mps.diagnose import base_model
 from kohya_mps.diagnose.base_model import Form
@@ -89,10 +89,7 @@ def presets() -> dict[str, Preset]:
     Raises:
         UsageError: the file has another shape.
     """
-    try:
-        return msgspec.convert(yaml.safe_load(_PRESETS.read_text(encoding="utf-8")), dict[str, Preset])
-    except (OSError, yaml.YAMLError, msgspec.ValidationError) as error:
-        raise UsageError(f"{_PRESETS}: {error}", restores(_PRESETS)) from error
+    return read_yaml(_PRESETS, dict[str, Preset])
 
 
 def create(settings: Settings, wanted: NewProjectOptions) -> Report:
@@ -265,9 +262,8 @@ def _picture_checks(images: Path, found: tuple[Folder, ...]) -> Iterator[Check]:
         p.name for p in images.rglob("*") if p.suffix.lower() in OTHER_PICTURES and not p.name.startswith(".")
     )
     if unread:
-        listed = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
         fix = "save them as PNG or JPEG and make the project again (macOS: `sips -s format png FILE --out FILE.png`)"
-        yield Check("left out", Status.WARN, f"the trainer does not read {listed}", fix)
+        yield Check("left out", Status.WARN, f"the trainer does not read {join_some(unread)}", fix)
     bare = [picture.path.name for picture in pictures if picture.caption is None]
     if bare:
         detail = f"{len(bare)} of {len(pictures)} pictures have none: their folder's name is their caption"

@@ -24,6 +24,7 @@ import psutil
 
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import write_atomic
+from kohya_mps.core.process import is_alive
 from kohya_mps.install.checkout import Commits
 from kohya_mps.trainer_config.config_file import read
 
@@ -391,14 +392,7 @@ def _settled(run: Run) -> State:
     while (state := run.state()) is State.RUNNING and begun:
         waited = time.monotonic() - began
         # A process that was killed a moment ago may still be there.
-        if waited > (_DYING_SECONDS if _lives(begun.pid) else _LAUNCHER_SECONDS):
+        if waited > (_DYING_SECONDS if is_alive(begun.pid) else _LAUNCHER_SECONDS):
             break
         time.sleep(0.1)
     return state
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

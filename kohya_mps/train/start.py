@@ -23,6 +23,7 @@ from kohya_mps.core.machine import expected_device, on_mac
 from kohya_mps.core.process import end_tree, start
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
+from kohya_mps.core.text import format_size
 from kohya_mps.dataset import scan
 from kohya_mps.diagnose import base_model, preflight
 from kohya_mps.diagnose.base_model import Form, Model
@@ -362,7 +363,7 @@ def summarize(run: Run) -> Report:
         checks.append(Check("pace", Status.PASS, f"{live_view.pace(steps):.2f} s per step"))
     lora = run.lora()
     if lora:
-        checks.append(Check("LoRA", Status.PASS, f"{lora} ({lora.stat().st_size / 1e6:.1f} MB)"))
+        checks.append(Check("LoRA", Status.PASS, f"{lora} ({format_size(lora.stat().st_size)})"))
     extra = {
         "run": str(run.path),
         "state": state,

@@ -20,6 +20,7 @@ import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import write_atomic
+from kohya_mps.core.text import shorten
 
 from .config_file import ConfigFile, Kind, is_windows, trainer_at
 from .shell_words import Word, commands
@@ -201,7 +202,7 @@ def _toml_value(value: Value) -> str:
 
 def _one_line(text: str) -> str:
     plain = re.sub(r"[\x00-\x1f\x7f]+", " ", text).strip()
-    return plain if len(plain) <= 160 else f"{plain[:160]}…"
+    return shorten(plain, 160)
 
 
 # ---- The GUI's JSON -----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from kohya_mps.core import process
@@ -38,10 +37,7 @@ FAMILY = """
 def gone(pid: int) -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
+        if not process.is_alive(pid):
             return True
         time.sleep(0.02)
     return False
@@ -233,6 +229,17 @@ def test_ending_what_is_gone_already_is_no_error() -> None:
     short = subprocess.Popen(python("pass"))
     short.wait()
     end_tree([short.pid])
+
+
+def test_a_process_that_ended_is_not_alive_before_it_was_waited_for_either() -> None:
+    child = subprocess.Popen(python("input()"), stdin=subprocess.PIPE)
+    assert process.is_alive(child.pid)
+    child.communicate(b"\n")
+    assert not process.is_alive(child.pid)
+    zombie = subprocess.Popen(python("pass"))
+    assert gone(zombie.pid)
+    assert not process.is_alive(zombie.pid)
+    zombie.wait()
 
 
 def test_leftovers_are_found_by_their_mark_alone() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from kohya_mps.core import machine, settings
+from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
 
 OTHER = "a" * 40
@@ -205,18 +207,6 @@ def test_a_very_long_url_is_still_a_url(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.load().url == url
 
 
-def test_a_mac_is_expected_to_train_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert machine.expected_device() == "mps"
-    assert settings.load().profile.forbidden_here()[-1] == "triton"
-
-
-def test_elsewhere_the_expected_device_is_never_mps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
-    assert machine.expected_device() in ("cuda", "cpu")
-    assert "triton" not in settings.load().profile.forbidden_here()
-
-
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -228,3 +218,42 @@ def test_elsewhere_the_expected_device_is_never_mps(monkeypatch: pytest.MonkeyPa
 )
 def test_an_address_is_shown_without_its_secret(url: str, shown: str) -> None:
     assert settings.without_secret(url) == shown
+
+
+class Preset(msgspec.Struct, forbid_unknown_fields=True):
+    steps: int
+    sizes: tuple[int, ...] = ()
+    parts: tuple[Mapping[str, int], ...] = ()
+
+
+def test_a_mapping_of_structs_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "presets.yaml"
+    path.write_text("one: {steps: 1}\ntwo: {steps: 2, sizes: [3]}\n")
+    assert settings.read_yaml(path, dict[str, Preset]) == {"one": Preset(1), "two": Preset(2, (3,))}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one: {steps: 1}\ntwo: {steps: many}", "two.steps: expected `int`, got `str`; found 'many'"),
+        ("one: {steps: 1}\ntwo: {speed: 1}", "two: object contains unknown field `speed`; accepted keys: steps"),
+        ("one: {steps: 1, sizes: [1, x]}", "one.sizes[1]: expected `int`, got `str`; found 'x'"),
+        ("one: {steps: 1, parts: [{}, {a: 1, b: x}]}", "one.parts[1].b: expected `int`, got `str`; found 'x'"),
+        ("[one, two]", "the file: expected `object`, got `array`; found ['one', 'two']"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_mapping_is_named_with_its_key(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "presets.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        settings.read_yaml(path, dict[str, Preset])
+    assert f"{path}: {expected}" in str(caught.value)
+
+
+def test_a_file_that_a_command_writes_is_mended_by_that_command(tmp_path: Path) -> None:
+    path = tmp_path / "written.yaml"
+    for _ in ("missing", "broken"):
+        with pytest.raises(UsageError) as caught:
+            settings.read_yaml(path, dict[str, object], fix="`invoke configure` writes it")
+        assert caught.value.fix == "`invoke configure` writes it"
+        path.write_text("a: [")
