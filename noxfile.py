@@ -22,11 +22,12 @@ DEV = ("--require-hashes", "-r", "constraints/dev.txt")
 
 @nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
-    """Check format, style and types."""
+    """Check format, style, types and the floors of the rooms."""
     session.install(*DEV)
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
+    session.run("lint-imports", "--no-logo", "--no-cache")
 
 
 @nox.session(tags=["ci"])
