@@ -26,8 +26,8 @@ from kohya_mps.core.settings import CONSTRAINTS, ROOT, Settings, read_yaml
 from kohya_mps.core.text import join_some
 from kohya_mps.install import accelerate_config, accelerate_launch, generations, inventory, lockfile, status
 from kohya_mps.install.generations import Generation
-from kohya_mps.known_failures import catalogue
-from kohya_mps.known_failures.catalogue import Target
+from kohya_mps.known_failures import catalogue, rules
+from kohya_mps.known_failures.rules import Target
 
 # What torch takes when the variables are not set (aten/src/ATen/mps/MPSAllocator.h, unified memory).
 _HIGH_WATERMARK, _LOW_WATERMARK = 1.7, 1.4
@@ -111,7 +111,7 @@ def examine(settings: Settings, asked: DoctorOptions) -> Report:
     facts: dict[str, Any] = msgspec.structs.asdict(machine)
     facts |= {f"package_{name.replace('-', '_')}": version for name, version in versions.items()}
     situation = Target(expected_device(), settings.profile_name, settings.profile, lock)
-    found = list(catalogue.matching(catalogue.known(), "environment", facts, situation))
+    found = list(rules.matching(catalogue.known(), "environment", facts, situation))
     troubles: dict[str, list[Check]] = {}
     for finding in found:
         troubles.setdefault(finding.rule.about, []).append(finding.check())

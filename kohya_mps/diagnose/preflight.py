@@ -26,8 +26,9 @@ from kohya_mps.core.text import join_some, shorten
 from kohya_mps.dataset import scan
 from kohya_mps.dataset.scan import Dataset
 from kohya_mps.install import lockfile
-from kohya_mps.known_failures import catalogue
-from kohya_mps.known_failures.catalogue import DEVICES, Finding, Target
+from kohya_mps.known_failures import catalogue, rules
+from kohya_mps.known_failures.catalogue import DEVICES
+from kohya_mps.known_failures.rules import Finding, Target
 from kohya_mps.trainer_config import autofix, config_file
 from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
 from kohya_mps.trainer_config.trainer_options import TrainerOptions, WrongType, parse_options
@@ -231,7 +232,7 @@ def findings(looked: Inspection, situation: Target, base: Path, memory_gb: float
         [s.settings for s in looked.data.sets] if looked.data and looked.data.sets else [looked.training]
     ):
         facts = _together(looked, _of_set(common, settings), settings)
-        for finding in catalogue.matching(catalogue.known(), "settings", facts, situation):
+        for finding in rules.matching(catalogue.known(), "settings", facts, situation):
             found.setdefault(finding.failure.id, finding)
     return sorted(found.values(), key=lambda finding: finding.rule.level)
 

@@ -1,36 +1,32 @@
-"""The known failures: data in ``config/failures.yaml``, and what decides whether one is ahead.
+"""The catalogue of known failures: the shape of ``config/failures.yaml``, and reading it.
 
-Preflight, doctor, explain and the README's table all read the same entries. An entry says
-where it can be seen: in the settings of a training, in the environment, or in a log. The
-first two are rules over *facts*: named values that preflight or doctor found out.
+Preflight, doctor, explain and the troubleshooting table all use the same entries. An entry
+says where a failure shows: in the settings of a training, in the environment, or in a log.
+For the first two it has rules over *facts*: named values that preflight or doctor collected
+(``rules.py`` evaluates them). For the last it has patterns (``log_search.py`` finds them).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
 
 from kohya_mps.core.errors import UsageError, restores
 from kohya_mps.core.files import write_atomic
-from kohya_mps.core.report import Check, Status
-from kohya_mps.core.settings import CONFIG, Profile, read_yaml
-
-FactValues = Mapping[str, Any]
+from kohya_mps.core.settings import CONFIG, read_yaml
 
 DEVICES = ("mps", "cuda", "cpu")
 PATH = CONFIG / "failures.yaml"
 
 
 class Level(StrEnum):
-    """How bad it is: it cannot work, or it works and is unwise."""
+    """How bad a failure is: the training cannot work, or it works but this is unwise."""
 
     FAIL = "fail"
     WARN = "warn"
@@ -41,11 +37,19 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Condition(_Strict, frozen=True):
-    """What has to hold for one fact. A fact that is not known fulfils nothing but ``known: false``.
+    """What has to be true of one fact; with several fields, all of them.
 
-    ``above`` and ``below`` compare with a number or with the fact of that name, ``version``
-    with a specifier as pip writes it; ``allowed: false`` holds for a value that the
-    profile's list of the same name leaves out for the device.
+    A fact that is not known fulfils no condition except ``known: false``.
+
+    Fields:
+        of: the name of the fact.
+        equals: the value (``is`` in the file).
+        one_of: the values that it may have.
+        matches: a regular expression that is found in it, in any case of letters.
+        above, below: a number, or the name of another fact, that it is compared with.
+        version: a specifier as pip writes it, such as ``<2.6``.
+        known: whether the fact is known at all.
+        allowed: whether the profile's list of that name has the value for this device.
     """
 
     of: str
@@ -58,35 +62,22 @@ class Condition(_Strict, frozen=True):
     known: bool | None = None
     allowed: bool | None = None
 
-    def holds(self, facts: FactValues, allowed: Mapping[str, tuple[str, ...]]) -> bool:
-        """Whether the fact fulfils everything that is asked of it."""
-        value = facts.get(self.of)
-        if self.known is not None:
-            return (value is not None) is self.known
-        if value is None:
-            return False
-        return (
-            (self.equals is msgspec.UNSET or value == self.equals)
-            and (not self.one_of or value in self.one_of)
-            and (not self.matches or re.search(self.matches, str(value), re.IGNORECASE) is not None)
-            and (self.above is None or _compare(value, self.above, facts, 1))
-            and (self.below is None or _compare(value, self.below, facts, -1))
-            and (not self.version or _satisfies(str(value), self.version))
-            and (self.allowed is None or (str(value) in allowed.get(self.of, ())) is self.allowed)
-        )
-
     def names(self) -> Iterator[str]:
-        """The facts that this condition looks at."""
+        """The facts that this condition reads."""
         yield self.of
         yield from (other for other in (self.above, self.below) if isinstance(other, str))
 
 
 class Rule(_Strict, frozen=True):
-    """When a failure is ahead: every condition holds, and the lock is one that it holds with.
+    """When a failure is ahead: every condition holds, and the profile's lock is affected.
 
-    ``about`` is the row of the report, ``found`` what it says (facts in braces are filled
-    in), ``change`` the settings that mend it (null takes one out). ``lock`` asks for
-    versions in the profile's lock; ``absent`` for a package that is not in it.
+    Fields:
+        about: the name of the report's row.
+        when: the conditions.
+        found: what the row says; ``{name}`` stands for the fact of that name.
+        level: whether the row fails or warns.
+        change: the settings that ``--fix`` writes; ``null`` removes one.
+        lock: specifiers of packages in the profile's lock; ``absent`` for one that it lacks.
     """
 
     about: str
@@ -98,15 +89,18 @@ class Rule(_Strict, frozen=True):
 
 
 class LogPattern(_Strict, frozen=True):
-    """What a log says: ``text`` with any white space between its words; ``after``, when given,
-    stands at most 4 KB before it, as the frames of a traceback do."""
+    """Words in a log that show a failure.
+
+    ``text`` is found with any white space between its words. ``after``, if set, has to stand
+    at most 4 KB before it, as the frames of a traceback do.
+    """
 
     text: str
     after: str = ""
 
 
 class Failure(_Strict, frozen=True):
-    """One known failure: what a person sees, why, what mends it, and who reported it."""
+    """One known failure: what a person sees, its cause, its remedy, and where it was reported."""
 
     id: str
     seen: str
@@ -125,40 +119,19 @@ class _File(_Strict, frozen=True):
     failures: tuple[Failure, ...]
 
 
-class Target(msgspec.Struct, frozen=True):
-    """What a training is checked for: a device, and a profile with the versions of its lock."""
-
-    device: str
-    profile_name: str
-    profile: Profile
-    versions: Mapping[str, str]
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """A failure that is ahead, by one of its rules."""
-
-    failure: Failure
-    rule: Rule
-    detail: str
-
-    def check(self) -> Check:
-        """The report's row."""
-        status = Status.FAIL if self.rule.level is Level.FAIL else Status.WARN
-        return Check(self.rule.about, status, f"{self.detail}: {self.failure.cause}", self.failure.remedy)
-
-
 def load(path: Path = PATH) -> tuple[Failure, ...]:
     """Read the known failures.
 
     Raises:
-        UsageError: for a wrong shape, an entry that can be seen nowhere and does not say
-            why, and everything else in it that cannot be meant.
+        UsageError: the file has another shape, or an entry is invalid: its id is used twice,
+            a rule or pattern would always apply, a regular expression or specifier is wrong,
+            or it shows nowhere and no note says why.
     """
-    known = read_yaml(path, _File).failures
-    for index, failure in enumerate(known):
-        if problem := _problem(failure, known[:index]):
+    failures = read_yaml(path, _File).failures
+    for index, failure in enumerate(failures):
+        if problem := _problem(failure, failures[:index]):
             raise UsageError(f"{path}: {failure.id}: {problem}", restores(path))
-    return known
+    return failures
 
 
 @cache
@@ -167,28 +140,32 @@ def known() -> tuple[Failure, ...]:
     return load()
 
 
-def matching(
-    failures: tuple[Failure, ...], where: str, facts: FactValues, situation: Target
-) -> Iterator[Finding]:
-    """The failures that these facts lead to.
+def source_url(source: str) -> str:
+    """The address of a GitHub thread written as ``owner/name#number``; empty for any other source."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)#(\d+)", source)
+    return f"https://github.com/{found[1]}/issues/{found[2]}" if found else ""
 
-    Args:
-        failures: the known ones.
-        where: ``settings`` or ``environment``.
-        facts: what was found out, by the names that the rules use.
-        situation: what the facts are judged for.
-    """
-    allowed = {"mixed_precision": situation.profile.mixed_precision.get(situation.device, ("no",))}
-    for failure in failures:
-        if situation.device not in failure.devices:
-            continue
-        if failure.profiles and situation.profile_name not in failure.profiles:
-            continue
-        for rule in getattr(failure, where):
-            if _fits(rule.lock, situation.versions) and all(c.holds(facts, allowed) for c in rule.when):
-                filled = {**facts, "device": situation.device, "profile": situation.profile_name}
-                yield Finding(failure, rule, rule.found.format_map(filled))
-                break
+
+def _problem(failure: Failure, earlier: tuple[Failure, ...]) -> str:
+    """What is wrong with an entry; empty if it is good."""
+    if any(other.id == failure.id for other in earlier):
+        return "there is another entry with this id"
+    if not (failure.settings or failure.environment or failure.log or failure.note):
+        return "it has no rule and no log pattern, and no note says why"
+    if unknown := set(failure.devices) - set(DEVICES):
+        return f"devices: {', '.join(sorted(unknown))}; accepted: {', '.join(DEVICES)}"
+    for rule in (*failure.settings, *failure.environment):
+        if not rule.when:
+            return f"{rule.about}: a rule without a condition would always hold"
+        for condition in rule.when:
+            try:
+                re.compile(condition.matches)
+                SpecifierSet(condition.version)
+            except (re.error, InvalidSpecifier) as error:
+                return f"{condition.of}: {error}"
+    if any(not pattern.text.strip() for pattern in failure.log):
+        return "log: a pattern without text would match every log"
+    return ""
 
 
 def table(failures: tuple[Failure, ...]) -> str:
@@ -222,58 +199,6 @@ def update(path: Path) -> None:
     write_atomic(path, with_table(path.read_text(encoding="utf-8"), known()).encode())
 
 
-def source_url(source: str) -> str:
-    """The address of an upstream thread written as ``owner/name#number``; empty for anything else."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)#(\d+)", source)
-    return f"https://github.com/{found[1]}/issues/{found[2]}" if found else ""
-
-
 def _link(source: str) -> str:
     url = source_url(source)
     return f"[{source}]({url})" if url else source
-
-
-def _fits(lock: Mapping[str, str], versions: Mapping[str, str]) -> bool:
-    for package, wanted in lock.items():
-        installed = versions.get(package)
-        if wanted == "absent":
-            if installed is not None:
-                return False
-        elif installed is None or not _satisfies(installed, wanted):
-            return False
-    return True
-
-
-def _satisfies(version: str, specifier: str) -> bool:
-    try:
-        return Version(version) in SpecifierSet(specifier, prereleases=True)
-    except InvalidVersion:
-        return False
-
-
-def _compare(value: Any, bound: float | str, facts: FactValues, sign: int) -> bool:
-    other = facts.get(bound) if isinstance(bound, str) else bound
-    if not isinstance(value, int | float) or not isinstance(other, int | float):
-        return False
-    return (value - other) * sign > 0
-
-
-def _problem(failure: Failure, before: tuple[Failure, ...]) -> str:
-    if any(other.id == failure.id for other in before):
-        return "there is another entry with this id"
-    if not (failure.settings or failure.environment or failure.log or failure.note):
-        return "it can be seen nowhere, and no note says why"
-    if unknown := set(failure.devices) - set(DEVICES):
-        return f"devices: {', '.join(sorted(unknown))}; accepted: {', '.join(DEVICES)}"
-    for rule in (*failure.settings, *failure.environment):
-        if not rule.when:
-            return f"{rule.about}: a rule without a condition would always hold"
-        for condition in rule.when:
-            try:
-                re.compile(condition.matches)
-                SpecifierSet(condition.version)
-            except (re.error, InvalidSpecifier) as error:
-                return f"{condition.of}: {error}"
-    if any(not sign.text.strip() for sign in failure.log):
-        return "log: a sign without text would always be found"
-    return ""

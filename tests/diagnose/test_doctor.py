@@ -81,7 +81,7 @@ def test_the_default_configuration_that_says_cpu_is_seen(
     here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kohya_mps.diagnose import preflight
-    from kohya_mps.known_failures import catalogue
+    from kohya_mps.known_failures import catalogue, rules
 
     default = tmp_path / "hf" / "accelerate" / "default_config.yaml"
     default.parent.mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_the_default_configuration_that_says_cpu_is_seen(
     facts = msgspec.structs.asdict(machine)
     mac = preflight.target_for(here, "mps")
     assert "cpu-without-a-word" in [
-        f.failure.id for f in catalogue.matching(catalogue.known(), "environment", facts, mac)
+        f.failure.id for f in rules.matching(catalogue.known(), "environment", facts, mac)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The known failures: every entry catches what it is for and lets a near miss pass."""
+"""The catalogue: every entry catches its failure and lets a near miss pass; a wrong file is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
 from kohya_mps.core.settings import ROOT
 from kohya_mps.diagnose import doctor, preflight
-from kohya_mps.known_failures import catalogue, log_search
-from kohya_mps.known_failures.catalogue import Failure, Target
+from kohya_mps.known_failures import catalogue, log_search, rules
+from kohya_mps.known_failures.catalogue import Failure
+from kohya_mps.known_failures.rules import Target
 from tests.support.failure_cases import CASES, Preflight
 from tests.support.world import World
 
@@ -37,7 +38,7 @@ def seen_in(where: str) -> list[str]:
     return [failure.id for failure in KNOWN.values() if getattr(failure, where)]
 
 
-def situation(failure: Failure) -> Target:
+def target(failure: Failure) -> Target:
     return preflight.target_for(settings.load(), failure.devices[0])
 
 
@@ -49,19 +50,19 @@ def preflight_ids(
         monkeypatch.delenv(name, raising=False)
     for name, value in case.environ.items():
         monkeypatch.setenv(name, value)
-    asked = preflight.PreflightOptions(
+    options = preflight.PreflightOptions(
         case.make(World(root)),
         device=case.device or failure.devices[0],
         trainer=case.trainer,
         memory_gb=case.memory_gb,
     )
-    found: list[str] = preflight.check(settings.load(), asked).extra["failures"]
+    found: list[str] = preflight.check(settings.load(), options).extra["failures"]
     return found
 
 
 def environment_ids(changed: dict[str, Any], failure: Failure) -> list[str]:
     facts = msgspec.structs.asdict(HEALTHY) | changed
-    found = catalogue.matching(tuple(KNOWN.values()), "environment", facts, situation(failure))
+    found = rules.matching(tuple(KNOWN.values()), "environment", facts, target(failure))
     return [finding.failure.id for finding in found]
 
 
@@ -122,17 +123,18 @@ def test_explain_finds_it_in_a_log_and_lets_the_near_miss_pass(name: str) -> Non
     assert name not in log_ids(case.passes, device)
 
 
-def test_every_sign_is_found_by_itself() -> None:
+def test_every_log_pattern_is_found_by_itself() -> None:
     for failure in KNOWN.values():
-        for sign in failure.log:
-            assert failure.id in log_ids(f"{sign.after}\n{sign.text}", failure.devices[0]), sign
+        for pattern in failure.log:
+            text = f"{pattern.after}\n{pattern.text}"
+            assert failure.id in log_ids(text, failure.devices[0]), pattern
 
 
 def test_a_healthy_mac_has_none_of_them() -> None:
     mac = preflight.target_for(settings.load(), "mps")
 
     assert not list(
-        catalogue.matching(tuple(KNOWN.values()), "environment", msgspec.structs.asdict(HEALTHY), mac)
+        rules.matching(tuple(KNOWN.values()), "environment", msgspec.structs.asdict(HEALTHY), mac)
     )
 
 
@@ -145,15 +147,15 @@ def test_a_good_training_has_none_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["settings", "environment"])
-def test_rules_ask_for_facts_that_exist(where: str) -> None:
+def test_rules_read_facts_that_exist(where: str) -> None:
     machine = set(doctor.MachineFacts.__struct_fields__)
     names = set(preflight.FACTS) if where == "settings" else machine
     for failure in KNOWN.values():
         for rule in getattr(failure, where):
-            asked = {name for condition in rule.when for name in condition.names()}
-            told = {f for _, f, _, _ in string.Formatter().parse(rule.found) if f}
+            read = {name for condition in rule.when for name in condition.names()}
+            shown = {f for _, f, _, _ in string.Formatter().parse(rule.found) if f}
             unknown = (
-                {n for n in asked | told if not n.startswith("package_")} - names - {"device", "profile"}
+                {n for n in read | shown if not n.startswith("package_")} - names - {"device", "profile"}
             )
             assert not unknown, f"{failure.id}: {rule.about}"
 
@@ -167,7 +169,7 @@ def test_fixes_change_settings_that_the_trainers_know() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("failures: [{id: x}]", "missing required field"),
         ("failures: [{id: x, seen: s, cause: c, remedy: r, sources: []}]", "no note says why"),
@@ -185,41 +187,28 @@ def test_fixes_change_settings_that_the_trainers_know() -> None:
             "settings: [{about: a, found: f, when: [{of: y, matches: '('}]}]}]",
             "y: ",
         ),
+        (
+            "failures: [{id: x, seen: s, cause: c, remedy: r, sources: [], "
+            "settings: [{about: a, found: f, when: [{of: y, version: new}]}]}]",
+            "y: ",
+        ),
+        (
+            "failures: [{id: x, seen: s, cause: c, remedy: r, sources: [], log: [{text: ' '}]}]",
+            "match every log",
+        ),
+        (
+            "failures: [{id: x, seen: s, cause: c, remedy: r, sources: [], note: n}, "
+            "{id: x, seen: s, cause: c, remedy: r, sources: [], note: n}]",
+            "another entry with this id",
+        ),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "failures.yaml"
     path.write_text(text)
 
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         catalogue.load(path)
-
-
-def test_a_rule_holds_only_with_the_lock_it_names(tmp_path: Path) -> None:
-    rule = KNOWN["ckpt-runs-code"]
-    facts = {"model_form": "pickle", "pretrained_model_name_or_path": "x.ckpt"}
-    old = situation(rule)
-    new = msgspec.structs.replace(old, versions={**old.versions, "torch": "2.6.0"})
-
-    assert list(catalogue.matching((rule,), "settings", facts, old))
-    assert not list(catalogue.matching((rule,), "settings", facts, new))
-
-
-def test_the_profile_says_which_mixed_precision_a_device_has() -> None:
-    rule = KNOWN["bf16"]
-    facts = {"mixed_precision": "bf16"}
-    refused = situation(rule)
-    allowing = msgspec.structs.replace(refused.profile, mixed_precision={"mps": ("no", "bf16")})
-    allowed = msgspec.structs.replace(refused, profile=allowing)
-
-    assert list(catalogue.matching((rule,), "settings", facts, refused))
-    assert not list(catalogue.matching((rule,), "settings", facts, allowed))
-
-
-def test_an_entry_for_another_profile_is_passed_over() -> None:
-    rule = msgspec.structs.replace(KNOWN["flux"], profiles=("another",))
-
-    assert not list(catalogue.matching((rule,), "settings", {"family": "flux"}, situation(rule)))
 
 
 def test_the_table_has_a_row_for_every_failure_and_its_sources() -> None:
