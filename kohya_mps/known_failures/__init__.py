@@ -1,1 +1,1 @@
-"""The known failures: their catalogue, the rules that judge facts, the search in logs."""
+"""The known failures: the catalogue, the rules that judge facts by it, and the search in logs."""

@@ -1,4 +1,4 @@
-"""``invoke explain``: the known failures in a log or traceback, of any size, in constant memory."""
+"""``invoke explain``: finds known failures in a log or traceback of any size, in constant memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import catalogue
 from .catalogue import Failure
 
 _CHUNK = 1 << 20
-# What is looked at again with the next piece: a sign and what stands before it lie within.
+# The end of a piece that is searched again with the next: a pattern and what stands before it fit in.
 _OVERLAP = 16 * 1024
 _BEFORE = 4 * 1024
 
@@ -31,7 +31,7 @@ _EXCEPTION = re.compile(
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A known failure in a log: the line that shows it last, and that line's number, from 1."""
+    """A known failure in a log: the last line that shows it, and the number of that line, from 1."""
 
     failure: Failure
     line: int
@@ -39,7 +39,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """What a log shows: known failures, the latest first, and the last error that it names."""
+    """What a log shows: known failures, the latest first, the last exception in it, and its length."""
 
     found: tuple[Found, ...]
     last_error: str
@@ -47,7 +47,7 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 class _Search(msgspec.Struct, frozen=True):
-    """A sign made ready: text without its ``word`` need not be searched for the pattern."""
+    """A compiled pattern. Text without ``word`` cannot match and is not searched."""
 
     failure: Failure
     word: bytes
@@ -55,30 +55,36 @@ class _Search(msgspec.Struct, frozen=True):
     after: re.Pattern[bytes] | None
 
 
-def _prefilter_patterns(known: Iterable[Failure]) -> list[_Search]:
-    """All signs, with as few different words as possible: looking for them is what takes the time."""
-    signs = [(failure, sign, set(sign.text.encode().split())) for failure in known for sign in failure.log]
-    chosen: dict[int, bytes] = {}
-    while open_signs := [index for index in range(len(signs)) if index not in chosen]:
-        counts = Counter(word for index in open_signs for word in signs[index][2] if len(word) >= _WORD)
-        # The longest of equally common ones; a sign of short words gets its longest.
-        common = max(counts, key=lambda word: (counts[word], len(word), word), default=b"")
-        covered = [index for index in open_signs if common and common in signs[index][2]]
-        for index in covered or open_signs:
-            chosen[index] = common if covered else max(signs[index][2], key=len)
+def _prefilter_patterns(failures: Iterable[Failure]) -> list[_Search]:
+    """Compile all log patterns, each with a word that a matching text must contain."""
+    patterns = [(failure, pattern) for failure in failures for pattern in failure.log]
+    words = _covering_words([set(pattern.text.encode().split()) for _, pattern in patterns])
     return [
-        _Search(
-            failure,
-            chosen[index],
-            _any_whitespace(sign.text),
-            _any_whitespace(sign.after) if sign.after else None,
-        )
-        for index, (failure, sign, _) in enumerate(signs)
+        _Search(failure, word, _any_whitespace(p.text), _any_whitespace(p.after) if p.after else None)
+        for (failure, p), word in zip(patterns, words, strict=True)
     ]
 
 
 # Shorter words stand in every log.
-_WORD = 5
+_SHORTEST_WORD = 5
+
+
+def _covering_words(sets: list[set[bytes]]) -> list[bytes]:
+    """Choose one word of each set, so that few different words are chosen (greedy set cover).
+
+        {module, named, xformers}, {module, named, triton}, {nan}  ->  module, module, nan
+
+    Looking for the words in every piece is what takes the time.
+    """
+    chosen: dict[int, bytes] = {}
+    while uncovered := [index for index in range(len(sets)) if index not in chosen]:
+        counts = Counter(word for index in uncovered for word in sets[index] if len(word) >= _SHORTEST_WORD)
+        best = max(counts, key=lambda word: (counts[word], len(word), word), default=b"")
+        if best:
+            chosen |= {index: best for index in uncovered if best in sets[index]}
+        else:  # only short words are left: each set gets its longest
+            chosen |= {index: max(sets[index], key=len) for index in uncovered}
+    return [chosen[index] for index in range(len(sets))]
 
 
 def explain(log: str) -> Report:
@@ -88,12 +94,13 @@ def explain(log: str) -> Report:
         log: its path, or ``-`` for standard input.
 
     Raises:
-        UsageError: there is no such file, or nothing is piped in.
+        UsageError: the file cannot be read, or standard input is the keyboard.
     """
     if log == "-":
         if sys.stdin.isatty():
             raise UsageError(
-                "there is no log to explain", "`invoke explain LOG`, or pipe one into `invoke explain`"
+                "there is no log on standard input",
+                "`invoke explain LOG`, or pipe one into `invoke explain -`",
             )
         return report(search(sys.stdin.buffer), "standard input")
     try:
@@ -105,9 +112,14 @@ def explain(log: str) -> Report:
         ) from error
 
 
-def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanation:
-    """Read a log to its end and find the known failures in it."""
-    order = catalogue.known() if known is None else tuple(known)
+def search(stream: BinaryIO, failures: Iterable[Failure] | None = None) -> Explanation:
+    """Read a log to its end and find known failures in it.
+
+    Args:
+        stream: the log.
+        failures: which ones to look for; all of the catalogue when left out.
+    """
+    order = catalogue.known() if failures is None else tuple(failures)
     searches = _prefilter_patterns(order)
     latest: dict[str, Found] = {}
     last_error = ""
@@ -123,7 +135,7 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
         window = (window + piece)[-_OVERLAP:]
         newlines += (text.count(b"\n")) - strip_ansi(window).count(b"\n")
     by_line: dict[int, Found] = {}
-    for failure in order:  # of two that one line shows, the first of the data is the special one
+    for failure in order:  # if one line shows two failures, the earlier entry is the more specific one
         if failure.id in latest:
             by_line.setdefault(latest[failure.id].line, latest[failure.id])
     newest_first = sorted(by_line.values(), key=lambda found: -found.line)
@@ -131,9 +143,9 @@ def search(stream: BinaryIO, known: Iterable[Failure] | None = None) -> Explanat
 
 
 def report(explanation: Explanation, log: str) -> Report:
-    """What was found, as the report of ``invoke explain``.
+    """The report of ``invoke explain``.
 
-    A log that could be explained is no failure of the command: its rows are warnings.
+    Rows are warnings: the command did not fail because the log shows a failure.
     """
     checks = [
         Check(
@@ -169,19 +181,19 @@ def report(explanation: Explanation, log: str) -> Report:
 
 
 def print_known_failures(output: str) -> bool:
-    """Explain the last lines of a program that failed here, on standard error.
+    """Explain the output of a program that failed on this machine, on standard error.
 
-    Failures of other devices than this machine's are left out.
+    Failures of other devices are left out.
 
     Returns:
-        Whether a known failure was in them.
+        Whether the output has a known failure.
     """
-    here = [failure for failure in catalogue.known() if expected_device() in failure.devices]
-    explanation = search(io.BytesIO(output.encode(errors="replace")), here)
+    possible = [failure for failure in catalogue.known() if expected_device() in failure.devices]
+    explanation = search(io.BytesIO(output.encode(errors="replace")), possible)
     for found in explanation.found[:3]:
         say(f"\nknown failure: {found.text}")
         say(f"  why:   {found.failure.cause}")
-        say(f"  mend:  {found.failure.remedy}")
+        say(f"  fix:   {found.failure.remedy}")
         say(f"  from:  {', '.join(found.failure.sources)}")
     return bool(explanation.found)
 
@@ -203,15 +215,15 @@ def _in_window(text: bytes, searches: list[_Search], newlines: int) -> Iterator[
 
 
 def _any_whitespace(text: str) -> re.Pattern[bytes]:
-    """The words of a text with any white space between them: logs are wrapped to the terminal.
+    """Match the words of a text with any white space between them: logs are wrapped to the terminal.
 
-    The trainers' logger puts the place in the code at the end of a message's first line.
+    The trainers' logger writes ``file.py:123`` at the end of the first line of a message.
     """
     return re.compile(rb"\s+(?:\w+\.py:\d+\s+)?".join(re.escape(word) for word in text.encode().split()))
 
 
 def _line(text: bytes, start: int, end: int) -> str:
-    """The line of a match; a progress bar's redraws are lines of their own."""
+    """The line of a match; each redraw of a progress bar counts as a line."""
     first = max(text.rfind(b"\n", 0, start), text.rfind(b"\r", 0, start)) + 1
     ends = [at for at in (text.find(b"\n", end), text.find(b"\r", end)) if at >= 0]
     return _readable(text[first : min(ends, default=len(text))][: end - first + 200])

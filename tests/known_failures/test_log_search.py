@@ -167,4 +167,4 @@ def test_the_end_of_a_failed_program_is_explained_on_standard_error(
     captured = capsys.readouterr()
 
     assert captured.out == ""
-    assert "mend:  `mixed_precision" in captured.err
+    assert "fix:   `mixed_precision" in captured.err
