@@ -27,7 +27,7 @@ from kohya_mps.core.report import Status
 from kohya_mps.core.settings import GUI_PRESETS, ROOT, Settings
 from kohya_mps.diagnose import preflight
 from kohya_mps.gui import serve
-from kohya_mps.install import checkout, environment, inventory, rollback, setup, status
+from kohya_mps.install import checkout, environment, inventory, rollback, setup, status, uninstall
 from kohya_mps.install.generations import Generation, Manifest, activate
 from kohya_mps.install.inventory import Inventory, site_packages
 from tests.support.installs import Small, make_settings
@@ -375,7 +375,7 @@ def test_what_the_page_leaves_in_the_checkout_is_not_taken_for_the_users(install
     (root / "outputs").mkdir()
     (root / "outputs" / "mine.safetensors").write_text("mine")
     (root / serve.USER_PRESETS / "mine.json").write_text("{}")
-    found = [name for name in checkout.user_files(Installation(root)) if not name.startswith("branch")]
+    found = [name for name in uninstall.user_files(Installation(root)) if not name.startswith("branch")]
     assert sorted(found) == ["outputs/mine.safetensors", f"{serve.USER_PRESETS}/mine.json"]
 
 

@@ -348,7 +348,7 @@ def test_another_projects_repository_is_refused_and_left_alone(settings: Setting
     git(settings.home, "add", "-A")
     git(settings.home, "commit", "--quiet", "-m", "thesis")
     before = git(settings.home, "rev-parse", "HEAD")
-    with pytest.raises(UsageError, match="none of kohya_ss"):
+    with pytest.raises(UsageError, match="not of kohya_ss"):
         ensure_checkout(settings, stash=True)
     assert git(settings.home, "rev-parse", "HEAD") == before
     assert (settings.home / "thesis.tex").read_text() == "mine"
