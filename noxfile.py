@@ -85,11 +85,11 @@ def lock(session: nox.Session) -> None:
 @nox.session(venv_backend="none", tags=["ci"])
 def lock_check(session: nox.Session) -> None:
     """Check offline that every lock is unedited and agrees with its .in file [-- --json]."""
-    from devtools.locks import make
+    from devtools.locks import check
 
     parser = posargs.parser("lock_check", "Check offline that every lock agrees with its .in file.")
     # Plain nox gives what follows -- to each session of the loop: what the tests take is not ours.
-    posargs.run(session.posargs, parser.parse_known_args, lambda _: make.check_all())
+    posargs.run(session.posargs, parser.parse_known_args, lambda _: check.check_all())
 
 
 @nox.session(default=False)

@@ -1,4 +1,4 @@
-"""Proving, on any machine, that a Mac could load what a lock installs.
+"""``nox -s cross_check``: prove, on any machine, that a Mac could load what a lock installs.
 
 uv installs the macOS arm64 wheels of a lock for real; then every native library and every
 distribution's metadata is read. Nothing is run: that a Mac *does* load it is *predicted*.
@@ -28,27 +28,25 @@ from kohya_mps.core.report import Check, Report, say
 from kohya_mps.core.text import join_some
 from kohya_mps.install import lockfile, package_index
 
-from . import macho, make
+from . import dependency_chain, in_file, macho, resolve
+from .in_file import PYTHON
 
 #: The releases of macOS for Apple Silicon. Wheels are chosen by them: a Mac with a newer one
 #: may get another wheel of the same version (numpy has one for 14.0 and one for 11.0).
 MACOS = ("11.0", "12.0", "13.0", "14.0", "15.0", "26.0")
 
-# uv's words for a pin without a wheel that fits: the second where there is a source archive, too.
-_NO_WHEEL = ("matching platform tag", "has no usable wheels")
 
-
-class Options(msgspec.Struct, frozen=True):
-    """What ``nox -s cross_check`` was asked for."""
+class CrossCheckOptions(msgspec.Struct, frozen=True):
+    """Which locks are checked."""
 
     names: tuple[str, ...]
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What lies in one installed tree, and everything in it that a Mac would refuse.
+    """What an installed tree contains, and everything in it that a Mac would refuse.
 
-    ``lowest_macos`` is the highest minimum that a native library states, ``stated_by`` which;
-    ``mps_macos`` is what torch's MPS backend says that it needs, where there is one.
+    ``lowest_macos`` is the highest minimum that a native library states, and ``stated_by`` names
+    that library. ``mps_macos`` is what torch's MPS backend says that it needs, if torch is there.
     ``links`` counts what the native libraries link to, by where it is found.
     """
 
@@ -73,14 +71,14 @@ class Proof(msgspec.Struct, frozen=True):
     found: Found
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
-    """The options of ``nox -s cross_check``; without a name, every lock is meant."""
+def parse_options(arguments: Sequence[str]) -> CrossCheckOptions:
+    """The options of ``nox -s cross_check``; without a name, every lock is checked."""
     parser = posargs.parser("cross_check", "Prove that a Mac could load the locks.")
-    posargs.add_locks(parser, make.names())
-    return Options(make.chosen(parser.parse_args(arguments).names))
+    posargs.add_locks(parser, in_file.lock_names())
+    return CrossCheckOptions(in_file.select(parser.parse_args(arguments).names))
 
 
-def run(options: Options) -> Report:
+def run(options: CrossCheckOptions) -> Report:
     """Install and examine each lock for the lowest macOS that takes it, and for the newest."""
     scratch = settings.ROOT / ".nox"
     scratch.mkdir(exist_ok=True)
@@ -88,24 +86,28 @@ def run(options: Options) -> Report:
     checks: list[Check] = []
     for name in options.names:
         lock = lockfile.read(settings.CONSTRAINTS / f"{name}.txt")
-        with tempfile.TemporaryDirectory(prefix="cross-check-", dir=scratch) as place:
-            lowest, tree = install_lowest(lock, Path(place))
-            pairs = [(lowest, tree)]
-            if lowest != MACOS[-1]:
-                newest = Path(place) / MACOS[-1]
-                if reason := install(lock, newest, MACOS[-1]):
-                    raise StepFailed(
-                        f"{lock.path.name} installs on macOS {lowest} but not on {MACOS[-1]}:\n{reason}"
-                    )
-                pairs.append((MACOS[-1], newest))
-            proven = [Proof(name, macos, examine(tree, lock)) for macos, tree in pairs]
+        with tempfile.TemporaryDirectory(prefix="cross-check-", dir=scratch) as directory:
+            proven = [
+                Proof(name, macos, examine(tree, lock))
+                for macos, tree in _install_lowest_and_newest(lock, Path(directory))
+            ]
         proofs += proven
         checks += [check for proof in proven for check in judge(proof)]
         checks.append(lowest_macos(proven[0]))
     return Report("macOS arm64 environments", tuple(checks), {"proofs": proofs}, _licences(proofs))
 
 
-def install_lowest(lock: lockfile.Lock, place: Path) -> tuple[str, Path]:
+def _install_lowest_and_newest(lock: lockfile.Lock, directory: Path) -> list[tuple[str, Path]]:
+    lowest, tree = install_lowest(lock, directory)
+    if lowest == MACOS[-1]:
+        return [(lowest, tree)]
+    newest = directory / MACOS[-1]
+    if reason := install(lock, newest, MACOS[-1]):
+        raise StepFailed(f"{lock.path.name} installs on macOS {lowest} but not on {MACOS[-1]}:\n{reason}")
+    return [(lowest, tree), (MACOS[-1], newest)]
+
+
+def install_lowest(lock: lockfile.Lock, directory: Path) -> tuple[str, Path]:
     """Install a lock for the lowest macOS that has a wheel for every pin.
 
     Raises:
@@ -114,11 +116,11 @@ def install_lowest(lock: lockfile.Lock, place: Path) -> tuple[str, Path]:
     reason = ""
     for macos in MACOS:
         say(f"  {lock.path.name}: installing for macOS {macos}")
-        if not (reason := install(lock, place / macos, macos)):
-            return macos, place / macos
-        if not any(words in reason for words in _NO_WHEEL):
+        if not (reason := install(lock, directory / macos, macos)):
+            return macos, directory / macos
+        if not resolve.has_no_fitting_wheel(reason):
             break
-    because = make.culprit_chain(reason) or "uv cannot install it"
+    because = resolve.culprit_chain(reason) or "uv cannot install it"
     raise StepFailed(
         f"{lock.path.name} cannot be installed on Apple Silicon: {because}\n{reason}",
         f"`nox -s lock_check` shows whether the lock was edited; `nox -s lock -- {lock.path.stem}` makes it again",
@@ -133,8 +135,8 @@ def install(lock: lockfile.Lock, tree: Path, macos: str) -> str:
     Returns:
         uv's reason why it could not; empty when it did.
     """
-    command = [uv(), "pip", "install", "--quiet", "--python-platform", "aarch64-apple-darwin"]
-    command += ["--python-version", make.PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps"]
+    command = [uv(), "pip", "install", "--quiet", *resolve.FOR_A_MAC]
+    command += ["--python-version", PYTHON, "--only-binary", ":all:", "--require-hashes", "--no-deps"]
     environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": macos})
     done = capture([*command, "--target", tree, "-r", lock.path], cwd=settings.ROOT, env=environ)
     return "" if done.returncode == 0 else done.stderr.strip() or f"uv ended with {done.returncode}"
@@ -144,33 +146,31 @@ def examine(tree: Path, lock: lockfile.Lock) -> Found:
     """Read every native library and every distribution of an installed tree."""
     installed = metadata.distributions(path=[str(tree)])
     distributions: dict[str, metadata.Distribution] = {str(canonicalize_name(d.name)): d for d in installed}
-    asked = make.requirements(lock.path.stem)
-    overrides: dict[str, Requirement] = {
-        canonicalize_name(each.name): each for each in make.overrides(lock.path.stem)
-    }
-    needs, unmet = _requirements(distributions, asked, overrides)
+    required = in_file.requirements(lock.path.stem)
+    requirements = _Requirements(distributions, in_file.overrides(lock.path.stem))
+    requirements.follow_all(required)
     owners = {
         Path(str(distribution.locate_file(file))): name
         for name, distribution in distributions.items()
         for file in distribution.files or ()
     }
     images, unloadable, count = _images(tree)
-    places, unresolved = _links(images, tree, owners, needs)
+    links, unresolved = _links(images, tree, owners, requirements.needs)
     newest = max(images, key=lambda image: image.macos, default=None)
-    roots = [canonicalize_name(requirement.name) for requirement in asked]
+    roots = [canonicalize_name(requirement.name) for requirement in required]
     return Found(
         distributions=len(distributions),
         libraries=count,
-        links=places,
+        links=links,
         unloadable=tuple(unloadable),
         unresolved=tuple(unresolved),
         lowest_macos=newest.macos if newest else (),
         stated_by=str(newest.path.relative_to(tree)) if newest else "",
         mps_macos=_mps_needs(tree),
-        unmet=tuple(unmet),
+        unmet=tuple(requirements.unmet),
         forbidden=tuple(
-            f"{make.chain(needs, roots, name)}, and {name} {reason}"
-            for name, reason in make.forbidden(distributions, distributions)
+            f"{dependency_chain.chain(requirements.needs, roots, name)}, and {name} {reason}"
+            for name, reason in dependency_chain.forbidden(distributions, distributions)
         ),
         licences=_by_licence(distributions),
     )
@@ -186,7 +186,7 @@ def judge(proof: Proof) -> list[Check]:
         (
             "requirements",
             found.unmet,
-            f"met for {found.distributions} distributions on darwin, arm64, {make.PYTHON}",
+            f"met for {found.distributions} distributions on darwin, arm64, {PYTHON}",
         ),
         ("forbidden packages", found.forbidden, "none"),
     )
@@ -200,20 +200,20 @@ def judge(proof: Proof) -> list[Check]:
 
 
 def lowest_macos(proof: Proof) -> Check:
-    """The lowest macOS that a lock works on, against what the profiles of this lock say.
+    """The lowest macOS that a lock works on, compared with what the profiles of this lock say.
 
     ``proof`` is that of the lowest macOS with a wheel for every pin. A library may state a
     higher one than its wheel does: the wheel then installs, and does not load. And torch
     may load where its MPS backend says no.
     """
     found = proof.found
-    asked = {
+    needed = {
         "its wheels are tagged for it": tuple(int(part) for part in proof.macos.split(".")),
         f"{found.stated_by} states it": found.lowest_macos,
         "torch's MPS backend needs it": found.mps_macos,
     }
-    measured = max(_release(version) for version in asked.values())
-    why = ", ".join(reason for reason, version in asked.items() if _release(version) == measured)
+    measured = max(_release(version) for version in needed.values())
+    why = ", ".join(reason for reason, version in needed.items() if _release(version) == measured)
     text = ".".join(map(str, measured))
     wrong = []
     for profile_name in settings.profile_names():
@@ -229,13 +229,13 @@ def _release(version: macho.Version) -> macho.Version:
 
 
 def _mps_needs(tree: Path) -> macho.Version:
-    """What torch's MPS backend tells those whose macOS is too old (ATen/mps/MPSDevice.h)."""
+    """The macOS that torch's MPS backend names when it refuses an older one (ATen/mps/MPSDevice.h)."""
     library = tree / "torch" / "lib" / "libtorch_cpu.dylib"
     if not library.is_file():
         return ()
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        said = re.search(rb"MPS backend is supported on [mM]acOS (\d+)\.(\d+)\+", content)
-        return (int(said[1]), int(said[2])) if said else ()
+        found = re.search(rb"MPS backend is supported on [mM]acOS (\d+)\.(\d+)\+", content)
+        return (int(found[1]), int(found[2])) if found else ()
 
 
 def _images(tree: Path) -> tuple[list[macho.Image], list[str], int]:
@@ -265,21 +265,21 @@ def _links(
     unresolved = []
     for image in images:
         owner = owners.get(image.path, "")
-        # dyld gives a library that is loaded already for a link to its install name. torchvision
+        # dyld takes a library that is already loaded for a link to its install name. torchvision
         # relies on that: it imports torch first, and its own search paths are the build machine's.
         loaded = {name for needed in _all_needs(owner, needs) - {owner} for name in exported.get(needed, ())}
         for link in image.links:
-            place = macho.locate(image, link, tree)
-            if place is not macho.FoundIn.NOWHERE:
-                counts[place.value] += 1
+            found_in = macho.locate(image, link, tree)
+            if found_in is not macho.FoundIn.NOWHERE:
+                counts[found_in.value] += 1
             elif link.name in loaded:
                 counts["loaded before by a package that is required"] += 1
             elif link.weak:
                 counts["weak and missing, which dyld allows"] += 1
             else:
-                looked = ", ".join(map(str, macho.search(image, link))) or "no place: it has no LC_RPATH"
+                searched = ", ".join(map(str, macho.search(image, link))) or "no path: it has no LC_RPATH"
                 unresolved.append(
-                    f"{image.path.relative_to(tree)} links to {link.name}, looked for in {looked}"
+                    f"{image.path.relative_to(tree)} links to {link.name}, looked for in {searched}"
                 )
     return dict(counts), unresolved
 
@@ -293,48 +293,55 @@ def _all_needs(name: str, needs: Mapping[str, set[str]]) -> set[str]:
     return found
 
 
-def _requirements(
-    distributions: Mapping[str, metadata.Distribution],
-    asked: Iterable[Requirement],
-    overrides: Mapping[str, Requirement],
-) -> tuple[dict[str, set[str]], list[str]]:
-    """Who needs whom on darwin, arm64 and this Python, and each need that is not met.
+class _Requirements:
+    """Follows what each distribution requires on darwin, arm64 and this Python.
 
-    An extra counts once something asks for it: its requirements are then followed too. An
-    override counts in place of what a distribution says.
+    An extra counts once something requires it: its requirements are then followed too. An
+    override replaces what a distribution requires.
+
+    ``needs`` has the packages that each distribution requires; the keys of ``unmet`` say which
+    requirements are not met.
     """
-    needs: dict[str, set[str]] = {}
-    unmet: dict[str, None] = {}
-    extras: dict[str, set[str]] = {name: set() for name in distributions}
-    waiting = list(distributions)
 
-    def follow(who: str, requirement: Requirement) -> None:
-        what = canonicalize_name(requirement.name)
-        has = distributions.get(what)
-        requirement = overrides.get(what, requirement)
-        if has is None:
-            unmet[f"{who} needs {requirement.name}{requirement.specifier}, which is missing"] = None
-        elif not requirement.specifier.contains(has.version, prereleases=True):
-            unmet[f"{who} needs {requirement.name}{requirement.specifier}, which is {has.version}"] = None
-        elif not requirement.extras <= extras[what]:
-            extras[what] |= requirement.extras
-            waiting.append(what)
-        needs.setdefault(who, set()).add(what)
+    def __init__(
+        self, distributions: Mapping[str, metadata.Distribution], overrides: Iterable[Requirement]
+    ) -> None:
+        self.needs: dict[str, set[str]] = {}
+        self.unmet: dict[str, None] = {}
+        self._distributions = distributions
+        self._overrides: dict[str, Requirement] = {canonicalize_name(each.name): each for each in overrides}
+        self._extras: dict[str, set[str]] = {name: set() for name in distributions}
+        self._waiting = list(distributions)
 
-    for requirement in asked:
-        if _applies(requirement, ()):
-            follow("the .in", requirement)
-    while waiting:
-        name = waiting.pop()
-        distribution = distributions[name]
-        python = distribution.metadata["Requires-Python"]
-        if python and not SpecifierSet(python).contains(lockfile.MAC_ARM64["python_full_version"]):
-            unmet[f"{name} needs Python {python}, which is {make.PYTHON}"] = None
-        for line in distribution.requires or ():
-            requirement = Requirement(line)
-            if _applies(requirement, extras[name]):
-                follow(name, requirement)
-    return needs, list(unmet)
+    def follow_all(self, required: Iterable[Requirement]) -> None:
+        """Follow what the ``.in`` file requires, and then each distribution."""
+        for requirement in required:
+            if _applies(requirement, ()):
+                self._follow("the .in", requirement)
+        while self._waiting:
+            name = self._waiting.pop()
+            distribution = self._distributions[name]
+            python = distribution.metadata["Requires-Python"]
+            if python and not SpecifierSet(python).contains(lockfile.MAC_ARM64["python_full_version"]):
+                self.unmet[f"{name} needs Python {python}, which is {PYTHON}"] = None
+            for line in distribution.requires or ():
+                requirement = Requirement(line)
+                if _applies(requirement, self._extras[name]):
+                    self._follow(name, requirement)
+
+    def _follow(self, who: str, requirement: Requirement) -> None:
+        name = canonicalize_name(requirement.name)
+        distribution = self._distributions.get(name)
+        requirement = self._overrides.get(name, requirement)
+        need = f"{who} needs {requirement.name}{requirement.specifier}"
+        if distribution is None:
+            self.unmet[f"{need}, which is missing"] = None
+        elif not requirement.specifier.contains(distribution.version, prereleases=True):
+            self.unmet[f"{need}, which is {distribution.version}"] = None
+        elif not requirement.extras <= self._extras[name]:
+            self._extras[name] |= requirement.extras
+            self._waiting.append(name)
+        self.needs.setdefault(who, set()).add(name)
 
 
 def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
@@ -352,7 +359,7 @@ def _by_licence(distributions: Mapping[str, metadata.Distribution]) -> dict[str,
 
 
 def licence(distribution: metadata.Distribution) -> str:
-    """What a distribution says of its licence: the expression, else the classifier, else the first line."""
+    """The licence in a distribution's metadata: expression, else classifier, else the first line of the text."""
     data = distribution.metadata
     if expression := data["License-Expression"]:
         return expression

@@ -1,4 +1,4 @@
-"""What a native library asks of the Mac that loads it, read from its load commands with LIEF."""
+"""What a native library requires of the Mac that loads it, read from its load commands with LIEF."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import lief
 import msgspec
 
-lief.logging.disable()  # what it cannot read comes back as nothing, and is reported by us
+lief.logging.disable()  # it returns None for what it cannot read, and we report that
 
 #: The first bytes of a Mach-O file, thin or fat, in either byte order.
 _MAGIC = {
@@ -47,7 +47,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """The arm64 slice of one file: where it lies in the tree, and what dyld will do about it.
+    """The arm64 slice of one file: its path, and what dyld needs to know to load it.
 
     ``install_name`` is what others link to it by, ``macos`` the lowest version that it says
     it runs on (LC_BUILD_VERSION or LC_VERSION_MIN_MACOSX); empty when it does not say.
@@ -61,7 +61,7 @@ class Image(msgspec.Struct, frozen=True):
 
 
 class Unloadable(Exception):
-    """A file that an Apple Silicon Mac cannot load, and why."""
+    """A file that an Apple Silicon Mac cannot load; the message says why."""
 
 
 def candidates(tree: Path) -> Iterator[Path]:
@@ -75,7 +75,7 @@ def candidates(tree: Path) -> Iterator[Path]:
 
 
 def read(path: Path) -> Image | None:
-    """Read the arm64 slice of a file; nothing for a file that is linked, not loaded, such as ``.o``.
+    """Read the arm64 slice of a file; None for a file that is linked, not loaded, such as ``.o``.
 
     Raises:
         Unloadable: it is not Mach-O, or has no slice for Apple Silicon and macOS.
@@ -124,7 +124,7 @@ class FoundIn(Enum):
 def locate(image: Image, link: Link, tree: Path) -> FoundIn:
     """Where dyld would find a link of an image, going by paths alone.
 
-    macOS keeps its own libraries in a cache without files, so what lies in the two places
+    macOS keeps its own libraries in a cache without files, so what lies in the two directories
     that are Apple's alone (``/usr/lib``, ``/System/Library``) is taken to be there.
     """
     if link.name.startswith(("/usr/lib/", "/System/Library/")):

@@ -1,49 +1,32 @@
-"""Why upstream's ``requirements_macos_arm64.txt`` cannot be installed, and what takes its place.
+"""``nox -s upstream``: why upstream's own macOS requirements cannot be installed, and what replaces them.
 
-The reasons are the resolver's own, asked today. Once it finds none, upstream has mended its
-file, and this is how the project learns that it is no longer needed.
+The reasons are the resolver's own, as it gives them today. Once it has none, upstream has mended
+its file, and this is how the project learns that it is no longer needed.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-import requests
-from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
 
 from devtools import posargs
-from kohya_mps.core import settings
+from kohya_mps.core import settings as configuration
 from kohya_mps.core.errors import StepFailed, UsageError
-from kohya_mps.core.installation import Installation
-from kohya_mps.core.process import capture, clean_environ
+from kohya_mps.core.process import clean_environ
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import lockfile, package_index
 
-from . import make
+from . import in_file, resolve, upstream_file
+from .upstream_file import Line, Reader, Unreadable
 
-FILE = "requirements_macos_arm64.txt"
-
-_GITHUB = re.compile(r"(?:https://|ssh://git@|git@)github\.com[/:](?P<repository>[^/]+/[^/]+?)(?:\.git)?/?")
-_GIT = re.compile(r"git\+(?P<url>[^#]*?)(?:(?<=[\w/])@(?P<revision>[^@/#]+))?/?(?:#(?P<fragment>.*))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_TIMEOUT_SECONDS = 20
-
-#: Gives the text of a file of upstream; raises :class:`Unreadable`.
-Reader = Callable[[str], str]
-
-
-class Unreadable(Exception):
-    """A file of upstream cannot be had, and why."""
+#: The locks of this project's own tools; their packages replace nothing of upstream's.
+_OWN_LOCKS = {"tools", "dev", "docs"}
 
 
 class Kind(StrEnum):
@@ -64,19 +47,11 @@ class Problem(msgspec.Struct, frozen=True):
     why: str
 
 
-class Line(msgspec.Struct, frozen=True):
-    """One line of upstream's files, and what this project has instead.
+class JudgedLine(Line, frozen=True, kw_only=True):
+    """A line with its problems; ``ours`` is our pin and its lock, or why we have none."""
 
-    ``package`` is the canonical name, empty for an option; ``ours`` a pin and its lock, or
-    why there is none.
-    """
-
-    file: str
-    number: int
-    text: str
-    package: str
     ours: str
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[Problem, ...]
 
 
 class Obstacle(msgspec.Struct, frozen=True):
@@ -88,15 +63,15 @@ class Obstacle(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """Upstream's file of one commit: whether it resolves, and what becomes of each line."""
+    """Upstream's file of one commit: whether it resolves, and what replaces each line."""
 
     source: str
     mended: bool
     obstacles: tuple[Obstacle, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[JudgedLine, ...]
 
 
-class Apart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"with_": "with"}):
+class ImportConflict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"with_": "with"}):
     """Two packages that resolve together and fail when they are imported."""
 
     package: str
@@ -104,6 +79,13 @@ class Apart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"wi
     with_: str
     with_versions: str
     why: str
+
+    def applies(self, package: str, versions: Mapping[str, str]) -> bool:
+        """Whether a line's package meets the other one in these versions."""
+        if package != self.package or not {package, self.with_} <= versions.keys():
+            return False
+        here = SpecifierSet(self.versions).contains(versions[package], prereleases=True)
+        return here and SpecifierSet(self.with_versions).contains(versions[self.with_], prereleases=True)
 
 
 class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,70 +95,88 @@ class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unneeded: dict[str, str]
     source_only: dict[str, str]
     gui: tuple[str, ...]
-    apart: tuple[Apart, ...]
+    import_conflicts: tuple[ImportConflict, ...]
+
+    def reason_to_leave_out(self, package: str) -> str | None:
+        """Why this project does without a package; None when the file does not say."""
+        if package in self.gui:
+            return "the GUI's, which no trainer imports"
+        reasons = (self.cuda_only, self.source_only, self.unneeded)
+        return next((each[package] for each in reasons if package in each), None)
 
 
-class Options(msgspec.Struct, frozen=True):
-    """What ``nox -s upstream`` was asked for: a commit instead of the pinned and the current one."""
+class UpstreamOptions(msgspec.Struct, frozen=True):
+    """The one commit to look at; None for the pinned and the current one."""
 
     commit: str | None
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
+def parse_options(arguments: Sequence[str]) -> UpstreamOptions:
     """The options of ``nox -s upstream``."""
-    parser = posargs.parser("upstream", f"Explain why upstream's {FILE} cannot be installed.")
+    parser = posargs.parser("upstream", f"Explain why upstream's {upstream_file.NAME} cannot be installed.")
     parser.add_argument(
         "--commit", metavar="ID", help="of kohya_ss; without it, the pinned and the current one"
     )
-    return Options(parser.parse_args(arguments).commit)
+    return UpstreamOptions(parser.parse_args(arguments).commit)
 
 
-def run(chosen: Settings, options: Options) -> Report:
-    """Explain the file of the pinned commit, and upstream's current one where it can be had."""
-    commit = options.commit or chosen.commit
-    known = settings.read_yaml(settings.CONFIG / "upstream.yaml", Known)
-    pinned = _pinned(chosen, commit)
-    found = [explain(f"commit {commit[:12]}", pinned, chosen, known)]
+def run(settings: Settings, options: UpstreamOptions) -> Report:
+    """Explain the file of the pinned commit, and upstream's current one where it can be read."""
+    commit = options.commit or settings.commit
+    known = configuration.read_yaml(configuration.CONFIG / "upstream.yaml", Known)
+    read_pinned = upstream_file.reader(settings, commit)
+    explanations = [explain(f"commit {commit[:12]}", read_pinned, settings, known)]
     checks: list[Check] = []
     if options.commit is None:
-        now, name = _remote(chosen.url, "HEAD"), "upstream's current file"
+        read_current, name = upstream_file.remote_reader(settings.url, "HEAD"), "upstream's current file"
         try:
-            same = list(_lines(now, FILE)) == list(_lines(pinned, FILE))
+            same = list(upstream_file.lines(read_current)) == list(upstream_file.lines(read_pinned))
         except Unreadable as error:
-            used = f"{error}; only the file of {found[0].source} was looked at"
-            checks.append(Check(name, Status.SKIP, used))
+            detail = f"{error}; only the file of {explanations[0].source} was looked at"
+            checks.append(Check(name, Status.SKIP, detail))
         else:
             if same:
-                checks.append(Check(name, Status.PASS, f"asks for the same as that of {found[0].source}"))
+                checks.append(
+                    Check(name, Status.PASS, f"asks for the same as that of {explanations[0].source}")
+                )
             else:
-                found.append(explain("upstream's current commit", now, chosen, known))
-    rows = [check for explanation in found for check in judge(explanation)]
-    return Report(f"Upstream's {FILE}", (*checks, *rows), {"upstream": found}, _summary(found[-1]))
+                explanations.append(explain("upstream's current commit", read_current, settings, known))
+    checks += [check for explanation in explanations for check in judge(explanation)]
+    extra = {"upstream": explanations}
+    return Report(f"Upstream's {upstream_file.NAME}", tuple(checks), extra, _summary(explanations[-1]))
 
 
-def explain(source: str, read: Reader, chosen: Settings, known: Known) -> Explanation:
-    """Ask the resolver about upstream's file, and judge each of its lines.
+def explain(source: str, read: Reader, settings: Settings, known: Known) -> Explanation:
+    """Run the resolver on upstream's file, and judge each of its lines.
 
     Args:
-        source: how the report names it.
-        read: gives the file, and those that it includes.
-        chosen: whose profile's pins replace the lines.
+        source: how the report names the file's commit.
+        read: returns the file, and those that it includes.
+        settings: whose profile's pins replace the lines.
         known: what the resolver cannot know.
 
     Raises:
-        UsageError: the file cannot be had.
+        UsageError: the file cannot be read.
         StepFailed: the resolver failed without naming a line, as it does without a network.
     """
-    say(f"  asking uv's resolver about {FILE} of {source}")
+    say(f"  resolving {upstream_file.NAME} of {source} with uv")
     try:
-        lines = list(_lines(read, FILE))
+        lines = list(upstream_file.lines(read))
     except Unreadable as error:
         raise UsageError(
-            f"{FILE} of {source} cannot be read: {error}", "`invoke clone` brings the checkout that has it"
+            f"{upstream_file.NAME} of {source} cannot be read: {error}",
+            "`invoke clone` brings the checkout that has it",
         ) from error
-    obstacles, versions = _ask(lines)
-    ours = _pins(chosen)
-    judged = tuple(_judge(line, obstacles, versions, ours, known) for line in lines)
+    obstacles, versions = _find_obstacles(lines)
+    pins = _our_pins(settings)
+    judged = tuple(
+        JudgedLine(
+            **msgspec.structs.asdict(line),
+            ours=_replacement(line, pins, known),
+            problems=tuple(_problems(line, obstacles, versions, known)),
+        )
+        for line in lines
+    )
     mended = all(obstacle.kind is Kind.SOURCE_ONLY for obstacle in obstacles)
     return Explanation(source, mended, tuple(obstacles), judged)
 
@@ -185,7 +185,8 @@ def judge(explanation: Explanation) -> list[Check]:
     """The report's rows: whether the file resolves and why not, then each line."""
     name = f"{explanation.source} installs on Apple Silicon"
     if explanation.mended:
-        rows = [Check(name, Status.PASS, f"upstream has mended it: it resolves with Python {make.PYTHON}")]
+        detail = f"upstream has mended it: it resolves with Python {in_file.PYTHON}"
+        rows = [Check(name, Status.PASS, detail)]
     else:
         rows = [
             Check(name, Status.WARN, f"{', '.join(obstacle.packages)}: {obstacle.reason}")
@@ -193,215 +194,102 @@ def judge(explanation: Explanation) -> list[Check]:
             if obstacle.kind is not Kind.SOURCE_ONLY
         ]
     for line in explanation.lines:
-        wrong = "".join(f"{problem.kind}: {problem.why}\n" for problem in line.problems)
-        status = Status.WARN if wrong else Status.PASS
-        rows.append(Check(f"{line.file}:{line.number} {line.text}", status, f"{wrong}ours: {line.ours}"))
+        problems = "".join(f"{problem.kind}: {problem.why}\n" for problem in line.problems)
+        status = Status.WARN if problems else Status.PASS
+        rows.append(Check(f"{line.file}:{line.number} {line.text}", status, f"{problems}ours: {line.ours}"))
     return rows
 
 
 def _summary(last: Explanation) -> tuple[str, ...]:
-    asked = "Only published packages were asked for: what an index of nightlies has today, it may not have tomorrow."
+    scope = "Only published packages count: what an index of nightlies has today, it may not have tomorrow."
+    file = f"{last.source}: {upstream_file.NAME}"
     if last.mended:
-        return (asked, f"{last.source}: {FILE} can be installed. Is this project still needed?")
-    instead = "the locks of this project take its place"
-    return (asked, f"{last.source}: {FILE} cannot be installed with Python {make.PYTHON}; {instead}.")
+        return (scope, f"{file} can be installed. Is this project still needed?")
+    return (
+        scope,
+        f"{file} cannot be installed with Python {in_file.PYTHON}; the locks of this project replace it.",
+    )
 
 
-def _pinned(chosen: Settings, commit: str) -> Reader:
-    """The commit in the user's checkout; where that has not got it, upstream's."""
-    root = Installation(chosen.home).root
-    inside = capture(["git", "-C", root, "cat-file", "-e", f"{commit}:{FILE}"]) if root.is_dir() else None
-    return _git(root, commit) if inside and inside.returncode == 0 else _remote(chosen.url, commit)
-
-
-def _git(repository: Path, commit: str) -> Reader:
-    def read(name: str) -> str:
-        shown = capture(["git", "-C", repository, "show", f"{commit}:{name}"])
-        if shown.returncode:
-            raise Unreadable(shown.stderr.strip())
-        return shown.stdout
-
-    return read
-
-
-def _remote(url: str, commit: str) -> Reader:
-    """Single files of a repository that is a local path, or is on GitHub."""
-    if Path(url).is_dir():
-        return _git(Path(url), commit)
-    on_github = _GITHUB.fullmatch(url)
-
-    def read(name: str) -> str:
-        if not on_github:
-            raise Unreadable(f"{url} is neither on GitHub nor a local path")
-        address = f"https://raw.githubusercontent.com/{on_github['repository']}/{commit}/{name}"
-        try:
-            answer = requests.get(address, timeout=_TIMEOUT_SECONDS)
-            answer.raise_for_status()
-        except requests.RequestException as error:
-            raise Unreadable(f"{address} cannot be fetched ({type(error).__name__})") from error
-        return answer.text
-
-    return read
-
-
-def _lines(read: Reader, name: str, seen: tuple[str, ...] = ()) -> Iterator[Line]:
-    """Every line of a file that means something, with those of the files that it includes."""
-    for number, raw in enumerate(read(name).splitlines(), 1):
-        text = re.sub(r"(^|\s)#.*", "", raw).strip()
-        included = re.fullmatch(r"(?:-r|--requirement)[\s=]*(\S+)", text)
-        if included and included[1] not in (name, *seen):
-            yield from _lines(read, included[1], (name, *seen))
-        elif text:
-            yield Line(name, number, text, _package(text), "")
-
-
-def _package(text: str) -> str:
-    if (requirement := _requirement(text)) is not None:
-        return canonicalize_name(requirement.name)
-    if from_git := _GIT.fullmatch(text):
-        return canonicalize_name(Path(from_git["url"].rstrip("/")).stem)
-    return ""
-
-
-def _requirement(text: str) -> Requirement | None:
-    try:
-        return Requirement(text)
-    except InvalidRequirement:
-        return None
-
-
-def _ask(lines: list[Line]) -> tuple[list[Obstacle], dict[str, str]]:
-    """Ask for a solution; while there is none, note why, put the named lines aside and ask again.
+def _find_obstacles(lines: list[Line]) -> tuple[list[Obstacle], dict[str, str]]:
+    """Resolve the lines; while there is no solution, note why, leave the named lines out and try again.
 
     Returns:
-        What stood in the way, and the versions of everything that is left then.
+        The obstacles, and the versions of everything that is left in the end.
     """
     obstacles: list[Obstacle] = []
-    asked = {
+    remaining = {
         line.text: line.package
         for line in lines
-        if (requirement := _requirement(line.text)) is not None and not requirement.url
+        if (parsed := upstream_file.requirement(line.text)) is not None and not parsed.url
     }
-    pre = any("--pre" in line.text.split() for line in lines)
+    arguments = [upstream_file.NAME, *resolve.FOR_A_MAC]
+    if any("--pre" in line.text.split() for line in lines):
+        arguments += ["--prerelease", "allow"]
+    environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": resolve.ANY_MACOS})
     with tempfile.TemporaryDirectory(prefix="kohya-mps-upstream-") as scratch:
-        environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": make.ANY_MACOS})
-        arguments = [FILE, "--python-platform", "aarch64-apple-darwin"]
-        arguments += ["--prerelease", "allow"] if pre else []
+        path = Path(scratch) / upstream_file.NAME
         while True:
-            (Path(scratch) / FILE).write_text("".join(f"{text}\n" for text in asked), encoding="utf-8")
-            resolution = make.resolve(arguments, cwd=Path(scratch), env=environ)
+            path.write_text("".join(f"{text}\n" for text in remaining), encoding="utf-8")
+            resolution = resolve.resolve(arguments, cwd=path.parent, env=environ)
             if not resolution.reason:
                 return obstacles, resolution.versions
-            packages = _named(resolution.reason, asked.values())
+            packages = resolve.required_packages(resolution.reason, remaining.values())
             if not packages:
                 raise StepFailed(
                     f"uv's resolver gave no reason that names a line:\n{resolution.reason}",
                     "check the network; the index of packages has to be reachable",
                 )
             obstacles.append(Obstacle(_kind(resolution.reason), resolution.reason, packages))
-            asked = {text: package for text, package in asked.items() if package not in packages}
-
-
-def _named(reason: str, asked: Iterable[str]) -> tuple[str, ...]:
-    """The packages that the resolver says the file requires: those whose lines cannot stay."""
-    if "the network was disabled" in reason:
-        return ()  # what is not in the cache may well exist
-    required = " and ".join(re.findall(r"you require (.*?), we can conclude", reason, re.DOTALL))
-    words = {canonicalize_name(word) for word in re.findall(r"(?:^| and )([\w.-]+)", required)}
-    return tuple(sorted(words & set(asked)))
+            remaining = {text: package for text, package in remaining.items() if package not in packages}
 
 
 def _kind(reason: str) -> Kind:
-    if "building from source is disabled" in reason:
+    if resolve.is_source_only(reason):
         return Kind.SOURCE_ONLY
-    if any(words in reason for words in ("has no wheels", "was not found", "there is no version of")):
-        return Kind.NO_WHEEL
-    return Kind.CONFLICT
+    return Kind.NO_WHEEL if resolve.is_absent(reason) else Kind.CONFLICT
 
 
-def _judge(
-    line: Line,
-    obstacles: Iterable[Obstacle],
-    versions: Mapping[str, str],
-    ours: Mapping[str, str],
-    known: Known,
-) -> Line:
-    problems = [
-        Problem(obstacle.kind, _in_short(obstacle))
-        for obstacle in obstacles
-        if line.package in obstacle.packages
-    ]
-    problems += [Problem(Kind.NOT_REPRODUCIBLE, why) for why in _moving(line.text)]
-    if why := known.cuda_only.get(line.package):
-        problems.append(Problem(Kind.CUDA_ONLY, why))
-    for pair in known.apart:
-        here, there = versions.get(line.package), versions.get(pair.with_)
-        if (
-            line.package == pair.package
-            and here is not None
-            and there is not None
-            and SpecifierSet(pair.versions).contains(here, prereleases=True)
-            and SpecifierSet(pair.with_versions).contains(there, prereleases=True)
-        ):
-            problems.append(Problem(Kind.IMPORT_CONFLICT, f"with {pair.with_} {there}: {pair.why}"))
-    return msgspec.structs.replace(line, problems=tuple(problems), ours=_instead(line, ours, known))
+def _problems(
+    line: Line, obstacles: Iterable[Obstacle], versions: Mapping[str, str], known: Known
+) -> Iterator[Problem]:
+    for obstacle in obstacles:
+        if line.package in obstacle.packages:
+            yield Problem(obstacle.kind, _in_short(obstacle))
+    for why in upstream_file.not_reproducible(line.text):
+        yield Problem(Kind.NOT_REPRODUCIBLE, why)
+    if why := known.cuda_only.get(line.package, ""):
+        yield Problem(Kind.CUDA_ONLY, why)
+    for pair in known.import_conflicts:
+        if pair.applies(line.package, versions):
+            yield Problem(Kind.IMPORT_CONFLICT, f"with {pair.with_} {versions[pair.with_]}: {pair.why}")
 
 
 def _in_short(obstacle: Obstacle) -> str:
-    """What excludes what; the resolver's whole reason stands in a row of its own."""
+    """What excludes what; the resolver's whole reason has a row of its own."""
     if obstacle.kind is Kind.SOURCE_ONLY:
-        return f"{make.culprit_chain(obstacle.reason)}, which would be built on the user's machine"
-    sentence = obstacle.reason.partition("cause:")[2].split(", we can conclude")[0]
-    return " ".join(sentence.split()).removeprefix("Because ")
+        return f"{resolve.culprit_chain(obstacle.reason)}, which would be built on the user's machine"
+    return resolve.cause(obstacle.reason)
 
 
-def _moving(text: str) -> Iterator[str]:
-    """Why a line means something else tomorrow."""
-    words = shlex.split(text) if text.startswith("-") else []
-    for option, value in pairwise([*words, ""]):
-        if option == "--pre":
-            yield "--pre takes the newest pre-release of the day"
-        elif option in ("--extra-index-url", "--index-url", "-i", "--find-links", "-f"):
-            changing = (
-                "an index of nightlies, which come and go" if "nightly" in value else "an index of its own"
-            )
-            yield f"{option}: {changing}"
-    requirement = _requirement(text)
-    if from_git := _GIT.fullmatch(requirement.url if requirement and requirement.url else text):
-        revision, fragment = from_git["revision"], from_git["fragment"]
-        if revision is None:
-            only = f": #{fragment} is a URL fragment, which git ignores" if fragment else ""
-            yield f"builds what is HEAD that day{only}"
-        elif not _COMMIT.fullmatch(revision):
-            yield f"{revision} is a branch or a tag, which can move"
-    elif requirement is not None:
-        exact = [s for s in requirement.specifier if s.operator == "==" and not s.version.endswith(".*")]
-        if not exact:
-            yield "does not name one version"
-
-
-def _pins(chosen: Settings) -> dict[str, str]:
-    """What our locks have on a Mac, by package: the profile's first, the others' where it has none."""
+def _our_pins(settings: Settings) -> dict[str, str]:
+    """What our locks install on a Mac, by package: the profile's lock first, the others for the rest."""
     found: dict[str, str] = {}
-    developers = {"tools", "dev"}
-    for name in (chosen.profile.lock, *(name for name in make.names() if name not in developers)):
-        lock = lockfile.read(settings.CONSTRAINTS / f"{name}.txt")
+    for name in (settings.profile.lock, *(name for name in in_file.lock_names() if name not in _OWN_LOCKS)):
+        lock = lockfile.read(configuration.CONSTRAINTS / f"{name}.txt")
         for package, version in lock.versions(lockfile.MAC_ARM64).items():
             found.setdefault(package, f"{package}=={version} ({lock.path.name})")
     return found
 
 
-def _instead(line: Line, ours: Mapping[str, str], known: Known) -> str:
-    package = line.package
-    if pin := ours.get(package):
+def _replacement(line: Line, pins: Mapping[str, str], known: Known) -> str:
+    """What this project has in place of a line."""
+    if pin := pins.get(line.package):
         return pin
-    if not package:
+    if not line.package:
         if line.text.startswith(("-e", "--editable")):
             return "the submodule of the checkout, at the commit that its gitlink names"
         return "left out"
-    for reasons in (known.cuda_only, known.source_only, known.unneeded):
-        if package in reasons:
-            return f"left out: {reasons[package]}"
-    if package in known.gui:
-        return "left out: the GUI's, which no trainer imports"
+    if (why := known.reason_to_leave_out(line.package)) is not None:
+        return f"left out: {why}"
     return "left out, and config/upstream.yaml does not say why"

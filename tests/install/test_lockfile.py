@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools.locks import make
+from devtools.locks import in_file
 from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
 from kohya_mps.install import lockfile
@@ -110,8 +110,8 @@ def test_a_committed_lock_is_exact_hashed_and_names_no_place(path: Path) -> None
 
 
 def test_every_intent_has_its_lock_and_every_lock_its_intent() -> None:
-    assert {path.stem for path in LOCKS} == set(make.names())
-    order = make.names()  # a lock that follows another's pins is made after it
+    assert {path.stem for path in LOCKS} == set(in_file.lock_names())
+    order = in_file.lock_names()  # a lock that follows another's pins is made after it
     for first, then in (("tools", "dev"), ("train", "gui"), ("latest", "gui-latest")):
         assert order.index(first) < order.index(then)
 

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 import requests
 
-from devtools.locks import upstream
-from devtools.locks.upstream import FILE, Kind
+from devtools.locks import upstream, upstream_file
+from devtools.locks.upstream import Kind
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.report import Status, to_json
@@ -34,7 +34,9 @@ KNOWN = upstream.Known(
     unneeded={"loose": "nothing imports it"},
     source_only={},
     gui=(),
-    apart=(upstream.Apart("board", "<2.21", "setuptools", ">=82", "it imports pkg_resources"),),
+    import_conflicts=(
+        upstream.ImportConflict("board", "<2.21", "setuptools", ">=82", "it imports pkg_resources"),
+    ),
 )
 
 
@@ -63,13 +65,13 @@ def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> settings.Settings
 
 
 def explain(chosen: settings.Settings, **files: str) -> upstream.Explanation:
-    texts = {FILE: BROKEN, "requirements.txt": INCLUDED} | {
+    texts = {upstream_file.NAME: BROKEN, "requirements.txt": INCLUDED} | {
         f"{name}.txt": text for name, text in files.items()
     }
 
     def read(name: str) -> str:
         if name not in texts:
-            raise upstream.Unreadable(f"no {name}")
+            raise upstream_file.Unreadable(f"no {name}")
         return texts[name]
 
     return upstream.explain("a stand-in", read, chosen, KNOWN)
@@ -182,7 +184,7 @@ def repository(place: Path, *texts: str) -> list[str]:
     subprocess.run([*git, "init", "--quiet"], check=True)
     commits = []
     for text in texts:
-        (place / FILE).write_text(text)
+        (place / upstream_file.NAME).write_text(text)
         (place / "requirements.txt").write_text("loose==1.5\n")
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "--quiet", "-m", "x"], check=True)
@@ -238,7 +240,7 @@ def test_single_files_are_asked_of_github(chosen: settings.Settings, monkeypatch
     monkeypatch.setenv("KOHYA_REPO_URL", "https://github.com/someone/kohya_ss.git")
     monkeypatch.setattr(requests, "get", answer)
     report = upstream.run(settings.load(), upstream.parse_options([]))
-    assert any(url.endswith(f"/someone/kohya_ss/HEAD/{FILE}") for url in asked)
+    assert any(url.endswith(f"/someone/kohya_ss/HEAD/{upstream_file.NAME}") for url in asked)
     assert any(f"/{chosen.commit}/" in url for url in asked)
     assert report.extra["upstream"][0].mended
 
