@@ -22,12 +22,14 @@ DEV = ("--require-hashes", "-r", "constraints/dev.txt")
 
 @nox.session(tags=["ci"])
 def lint(session: nox.Session) -> None:
-    """Check format, style, types and the floors of the rooms."""
+    """Check format, style, types, the floors of the rooms and the workflows."""
     session.install(*DEV)
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
     session.run("lint-imports", "--no-logo", "--no-cache")
+    # actionlint comes only as a program to download, or as a source package that downloads it: no lock.
+    session.run("zizmor", "--offline", "--persona=pedantic", "--strict-collection", ".github")
 
 
 @nox.session(tags=["ci"])
