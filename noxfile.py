@@ -121,11 +121,12 @@ def audit(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
-def readme(session: nox.Session) -> None:
-    """Write README's table of known failures from config/failures.yaml."""
-    from kohya_mps.known_failures import catalogue
+def pages(session: nox.Session) -> None:
+    """Write the pages of docs/ that are made from data [-- --json]."""
+    from devtools.docs import pages
 
-    catalogue.update(ROOT / "README.md")
+    parser = posargs.parser("pages", "Write the pages of docs/ that are made from data.")
+    posargs.run(session.posargs, parser.parse_args, lambda _: pages.write())
 
 
 @nox.session(default=False)

@@ -1,6 +1,6 @@
 """The catalogue of known failures: the shape of ``config/failures.yaml``, and reading it.
 
-Preflight, doctor, explain and the troubleshooting table all use the same entries. An entry
+Preflight, doctor, explain and docs/troubleshooting.md all use the same entries. An entry
 says where a failure shows: in the settings of a training, in the environment, or in a log.
 For the first two it has rules over *facts*: named values that preflight or doctor collected
 (``rules.py`` evaluates them). For the last it has patterns (``log_search.py`` finds them).
@@ -18,7 +18,6 @@ import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from kohya_mps.core.errors import UsageError, restores
-from kohya_mps.core.files import write_atomic
 from kohya_mps.core.settings import CONFIG, read_yaml
 
 DEVICES = ("mps", "cuda", "cpu")
@@ -166,39 +165,3 @@ def _problem(failure: Failure, earlier: tuple[Failure, ...]) -> str:
     if any(not pattern.text.strip() for pattern in failure.log):
         return "log: a pattern without text would match every log"
     return ""
-
-
-def table(failures: tuple[Failure, ...]) -> str:
-    """The README's troubleshooting table, in Markdown."""
-    lines = ["| what you see | why | what mends it | source |", "|---|---|---|---|"]
-    for failure in failures:
-        cells = (failure.seen, failure.cause, failure.remedy, ", ".join(map(_link, failure.sources)))
-        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-BEGIN = "<!-- troubleshooting: made from config/failures.yaml by `nox -s readme` -->"
-END = "<!-- end of troubleshooting -->"
-
-
-def with_table(text: str, failures: tuple[Failure, ...]) -> str:
-    """A text in which the part between the two markers is the present table.
-
-    Raises:
-        UsageError: the markers are not there.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UsageError("the markers of the troubleshooting table are missing", f"add {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{table(failures)}\n{END}{after}"
-
-
-def update(path: Path) -> None:
-    """Bring the table in a Markdown file up to date."""
-    write_atomic(path, with_table(path.read_text(encoding="utf-8"), known()).encode())
-
-
-def _link(source: str) -> str:
-    url = source_url(source)
-    return f"[{source}]({url})" if url else source

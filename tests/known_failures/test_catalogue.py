@@ -12,7 +12,6 @@ import pytest
 
 from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
-from kohya_mps.core.settings import ROOT
 from kohya_mps.diagnose import doctor, preflight
 from kohya_mps.known_failures import catalogue, log_search, rules
 from kohya_mps.known_failures.catalogue import Failure
@@ -209,17 +208,3 @@ def test_an_invalid_file_is_refused(text: str, message: str, tmp_path: Path) -> 
 
     with pytest.raises(UsageError, match=message):
         catalogue.load(path)
-
-
-def test_the_table_has_a_row_for_every_failure_and_its_sources() -> None:
-    table = catalogue.table(tuple(KNOWN.values()))
-
-    assert len(table.splitlines()) == len(KNOWN) + 2
-    assert all(line.count(" | ") == 3 for line in table.splitlines()[2:])
-    assert "[bmaltais/kohya_ss#3281](https://github.com/bmaltais/kohya_ss/issues/3281)" in table
-
-
-def test_the_readme_has_the_present_table() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-
-    assert catalogue.with_table(text, tuple(KNOWN.values())) == text

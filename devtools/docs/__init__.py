@@ -1,0 +1,1 @@
+"""The pages and pictures for people: generated pages, links, the site, screenshots of real runs."""
