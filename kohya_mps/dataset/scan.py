@@ -13,7 +13,9 @@ from typing import Any
 import msgspec
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.trainer_config.config_file import parse_toml, read_text
+from kohya_mps.trainer_config import toml
+from kohya_mps.trainer_config.config_file import resolve_path
+from kohya_mps.trainer_config.contents import read_text
 from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options
 
 # sd-scripts 2e0fcc50, library/train_util.py, line 104: small or capital letters, no mixture.
@@ -130,11 +132,6 @@ def verify(pictures: Sequence[Path]) -> Verified:
         return Verified(tuple((path, reason) for path, reason in found if reason))
 
 
-def resolve_path(name: str, base: Path) -> Path:
-    """A path of the settings, as the trainer will understand it when it starts in ``base``."""
-    return base / os.path.expanduser(name)
-
-
 def _with_repeats(root: Path, regularization: bool, ending: str) -> tuple[list[Folder], list[str]]:
     """The folders whose name begins with a number of repeats, and the names of the others."""
     folders, ignored = [], []
@@ -234,7 +231,7 @@ def _from_config(training: TrainerOptions, base: Path) -> Dataset:
 def _read_config(path: Path) -> dict[str, Any]:
     text = read_text(path)
     if path.suffix.lower() == ".toml":
-        return parse_toml(path, text)
+        return toml.parse(path, text)
     try:
         found = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -262,6 +259,6 @@ def _overridden(training: TrainerOptions, *layers: Mapping[str, Any]) -> Trainer
         values["resolution"] = str(sides)
     elif isinstance(sides, list):
         values["resolution"] = ",".join(map(str, sides))
-    settings, _ = parse_options(values, text=True)
+    settings, _ = parse_options(values, numbers_as_text=True)
     chosen = {n: getattr(settings, n) for n in values if n in TrainerOptions.__struct_fields__}
     return msgspec.structs.replace(training, **chosen)

@@ -31,6 +31,7 @@ from kohya_mps.known_failures.catalogue import DEVICES
 from kohya_mps.known_failures.rules import Finding, Target
 from kohya_mps.trainer_config import autofix, config_file
 from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
+from kohya_mps.trainer_config.edits import Change, Edit
 from kohya_mps.trainer_config.trainer_options import TrainerOptions, WrongType, parse_options
 
 from . import base_model
@@ -164,7 +165,7 @@ def check(settings: Settings, asked: PreflightOptions) -> Report:
     found = findings(looked, situation, start, memory)
     checks = [_read_row(looked, situation), *(finding.check() for finding in found)]
     checks += _passes(looked, {check.name for check in checks}, memory)
-    fixed: list[autofix.Change] = []
+    fixed: list[Change] = []
     if asked.fix:
         fixed, more = _write_fix(looked, found, asked.fix)
         checks += more
@@ -191,12 +192,12 @@ def target_for(settings: Settings, device: str) -> Target:
 
 def inspect(file: ConfigFile, device: str, base: Path) -> Inspection:
     """Type the settings and look at every file that they name."""
-    training, wrong = parse_options(file.settings, text=file.numbers_as_text)
+    training, wrong = parse_options(file.settings, numbers_as_text=file.numbers_as_text)
     if wrong:  # what is meant is judged, besides how it is written
         meant = {w.name: value for w in wrong if (value := autofix.coerce(w)) is not None}
-        training, _ = parse_options({**file.settings, **meant}, text=file.numbers_as_text)
+        training, _ = parse_options({**file.settings, **meant}, numbers_as_text=file.numbers_as_text)
     name, vae = training.pretrained_model_name_or_path, training.vae
-    model = base_model.inspect(name, scan.resolve_path(name, base)) if name else None
+    model = base_model.inspect(name, config_file.resolve_path(name, base)) if name else None
     data = scan.scan(training, base)
     family = _family(file, training, model)
     return Inspection(
@@ -204,7 +205,7 @@ def inspect(file: ConfigFile, device: str, base: Path) -> Inspection:
         training=training,
         wrong=wrong,
         model=model,
-        vae=base_model.inspect(vae, scan.resolve_path(vae, base)) if vae else None,
+        vae=base_model.inspect(vae, config_file.resolve_path(vae, base)) if vae else None,
         data=data,
         family=family,
         estimate=_estimate(file, training, family, model, data, device),
@@ -283,7 +284,7 @@ def _facts(looked: Inspection, situation: Target, base: Path, memory_gb: float |
         first_learning_rate=training.learning_rate if training.unet_lr is None else training.unet_lr,
         algorithm=training.network_options.get("algo", "").strip("\"'").lower(),
         caches_latents=training.cache_latents or training.cache_latents_to_disk,
-        wrong_types=_listed([f"{w.name} is {w.found!r}, not {w.wanted}" for w in looked.wrong]),
+        wrong_types=_listed([f"{w.name} is {w.found!r}, not {w.expected}" for w in looked.wrong]),
         model_form=looked.model.form if looked.model else None,
         model_detail=looked.model.detail if looked.model else None,
         model_has_fp16=looked.model.fp16 if looked.model else None,
@@ -357,7 +358,7 @@ def _output(training: TrainerOptions, base: Path) -> tuple[str | None, float | N
     """What is wrong with the output directory, and how many gigabytes are free there."""
     if not training.output_dir:
         return None, None
-    wanted = scan.resolve_path(training.output_dir, base)
+    wanted = config_file.resolve_path(training.output_dir, base)
     existing = existing_ancestor(wanted)
     if not os.path.isdir(existing):
         return f"{wanted} cannot be made: {existing} is not a directory", None
@@ -384,7 +385,7 @@ def _has_tokenizer(training: TrainerOptions, base: Path) -> bool:
     """Whether CLIP's tokenizer is where the trainer looks before it asks the network."""
     name = "openai/clip-vit-large-patch14"
     if training.tokenizer_cache_dir:
-        cache = scan.resolve_path(training.tokenizer_cache_dir, base)
+        cache = config_file.resolve_path(training.tokenizer_cache_dir, base)
         if os.path.isdir(cache / name.replace("/", "_")):
             return True
     hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{hugging_face_home()}/hub")
@@ -438,17 +439,15 @@ def _passes(looked: Inspection, told: set[str], memory_gb: float | None) -> Iter
     return (Check(name, Status.PASS, detail) for name, detail in rows if name not in told)
 
 
-def _write_fix(
-    looked: Inspection, found: list[Finding], out: Path
-) -> tuple[list[autofix.Change], list[Check]]:
-    wanted: dict[str, autofix.Edit] = {}
+def _write_fix(looked: Inspection, found: list[Finding], out: Path) -> tuple[list[Change], list[Check]]:
+    wanted: dict[str, Edit] = {}
     for finding in found:
         for name, value in finding.rule.change.items():
-            wanted.setdefault(name, autofix.Edit(name, value, f"{finding.failure.id}: {finding.detail}"))
+            wanted.setdefault(name, Edit(name, value, f"{finding.failure.id}: {finding.detail}"))
     for wrong in looked.wrong:
         repaired = autofix.coerce(wrong)
         if repaired is not None and wrong.name not in wanted:
-            wanted[wrong.name] = autofix.Edit(wrong.name, repaired, f"wrong-type: wants {wrong.wanted}")
+            wanted[wrong.name] = Edit(wrong.name, repaired, f"wrong-type: wants {wrong.expected}")
     corrected = autofix.autofix(looked.file, list(wanted.values()))
     autofix.save(looked.file, corrected, out)
     rows = [Check("corrected copy", Status.PASS, f"{out}: {len(corrected.changes)} settings changed")]

@@ -13,9 +13,9 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
-from kohya_mps.dataset import scan
 from kohya_mps.install import accelerate_launch
 from kohya_mps.install.setup import installed
+from kohya_mps.trainer_config import config_file
 from kohya_mps.trainer_config.config_file import read
 from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options
 
@@ -63,7 +63,7 @@ def test(settings: Settings, place: Path) -> Report:
         )
     generation = installed(Installation(settings.home))
     prompt = _prompt(run)
-    training, _ = parse_options(read(run.settings).settings, text=False)
+    training, _ = parse_options(read(run.settings).settings, numbers_as_text=False)
     orders = {
         **msgspec.structs.asdict(prompt),
         "model": _model(run),
@@ -113,7 +113,7 @@ def test(settings: Settings, place: Path) -> Report:
 def _model(run: Run) -> str:
     """The base model: a path in full, or a name on Hugging Face."""
     record = run.record()
-    path = scan.resolve_path(record.model, Path(record.base))
+    path = config_file.resolve_path(record.model, Path(record.base))
     return str(path) if path.exists() else record.model
 
 

@@ -15,6 +15,7 @@ from kohya_mps.dataset import scan
 from kohya_mps.diagnose import base_model
 from kohya_mps.diagnose.estimate import estimate
 from kohya_mps.known_failures import log_search
+from kohya_mps.trainer_config import config_file
 from kohya_mps.trainer_config.config_file import read
 from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options
 
@@ -89,8 +90,8 @@ def _savings(run: Run) -> Iterator[Saving]:
     """What saves memory, the cheapest in time and quality first."""
     record = run.record()
     base = Path(record.base)
-    training, _ = parse_options(read(run.settings).settings, text=False)
-    model = base_model.inspect(record.model, scan.resolve_path(record.model, base))
+    training, _ = parse_options(read(run.settings).settings, numbers_as_text=False)
+    model = base_model.inspect(record.model, config_file.resolve_path(record.model, base))
     begun = run.begun()
     device = begun.device.partition(":")[0] if begun else record.expected_device
 

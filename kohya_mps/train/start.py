@@ -24,7 +24,6 @@ from kohya_mps.core.process import end_tree, start
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.core.text import format_size
-from kohya_mps.dataset import scan
 from kohya_mps.diagnose import base_model, preflight
 from kohya_mps.diagnose.base_model import Form, Model
 from kohya_mps.diagnose.preflight import PreflightOptions
@@ -125,7 +124,7 @@ def plan(home: Installation, file: Path, base: Path | None) -> Plan:
             raise UsageError(f"{file}: {name} is not set: `invoke train` trains LoRA", f"{name} = {example}")
     base = base or config_file.base_directory(found)
     named = str(found.settings["pretrained_model_name_or_path"])
-    model = base_model.inspect(named, scan.resolve_path(named, base))
+    model = base_model.inspect(named, config_file.resolve_path(named, base))
     if model.form in (Form.MISSING, Form.DAMAGED):
         raise UsageError(f"{file}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file")
     if model.family and model.family not in _TRAINERS:
@@ -188,7 +187,7 @@ def trainer_arguments(planned: Plan, run: Run) -> list[str]:
 
 def _is_small(planned: Plan) -> bool:
     told = str(planned.file.settings["pretrained_model_name_or_path"])
-    return (scan.resolve_path(told, planned.base) / SMALL_MARK).is_file()
+    return (config_file.resolve_path(told, planned.base) / SMALL_MARK).is_file()
 
 
 def start_run(

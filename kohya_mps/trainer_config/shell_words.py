@@ -1,6 +1,6 @@
-"""The words of a pasted shell command, each with its place in the text.
+"""The words of a pasted shell command, each with its position in the text.
 
-``shlex`` loses the places, which a corrected copy needs, and knows neither the line
+``shlex`` loses the positions, which a corrected copy needs. It also knows neither the line
 continuations of PowerShell and cmd nor the assignments above a command.
 """
 
@@ -17,7 +17,7 @@ _ASSIGNMENT = re.compile(r"\$?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
 class Word(msgspec.Struct, frozen=True):
-    """One word: what the program would get, and where it stands in the text."""
+    """One word: what the program would get, and where it is in the text."""
 
     value: str
     start: int
@@ -25,11 +25,11 @@ class Word(msgspec.Struct, frozen=True):
 
 
 def commands(text: str, windows: bool) -> list[list[Word]]:
-    """The commands of a script, with the variables that it sets filled in.
+    """The commands of a script. Variables that the script sets are replaced by their values.
 
     Args:
-        text: the script; quotes that are not closed reach to its end.
-        windows: a backslash is a character of a path, as in PowerShell and cmd.
+        text: the script; a quote that is not closed reaches to its end.
+        windows: whether a backslash is a character of a path, as in PowerShell and cmd.
     """
     found: list[list[Word]] = []
     variables: dict[str, str] = {}
@@ -97,7 +97,7 @@ def _word(text: str, start: int, windows: bool) -> Word:
 
 
 def _continuation(text: str, at: int, windows: bool) -> int:
-    """The length of a line continuation at this place; 0 when there is none."""
+    """The length of a line continuation at this position; 0 if there is none."""
     marks = "`^\\" if windows else "\\"
     if text[at] not in marks:
         return 0
@@ -115,11 +115,11 @@ def _fill(value: str, variables: dict[str, str]) -> str:
 
 
 def _assign(words: list[Word], variables: dict[str, str]) -> list[Word]:
-    """Take assignments off the front of a command; what is left is the command itself."""
+    """Read the assignments at the beginning of a command, and return the words after them."""
     if words and words[0].value in {"export", "set", "env"}:
         words = words[1:]
     if len(words) >= 3 and words[1].value == "=" and words[0].value.startswith("$"):
-        # A value that is computed is not known here: the variable stays unfilled.
+        # A computed value is not known here: the variable is left as it is.
         if len(words) == 3 and not words[2].value.startswith(("[", "(", "$(")):
             variables[words[0].value[1:]] = words[2].value
         return []

@@ -10,13 +10,14 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 import msgspec
 
 
 class TrainerOptions(msgspec.Struct, frozen=True):
-    """What a trainer would be told; ``launch_cpu`` is told to ``accelerate launch`` instead."""
+    """What a trainer gets; ``launch_cpu`` is an option of ``accelerate launch`` instead."""
 
     pretrained_model_name_or_path: str = ""
     v2: bool = False
@@ -93,7 +94,7 @@ class TrainerOptions(msgspec.Struct, frozen=True):
 
     @property
     def optimizer(self) -> str:
-        """The optimizer's name in small letters, as sd-scripts compares it."""
+        """The optimizer's name in lower case, as sd-scripts compares it."""
         if self.use_8bit_adam:
             return "adamw8bit"
         if self.use_lion_optimizer:
@@ -102,82 +103,103 @@ class TrainerOptions(msgspec.Struct, frozen=True):
 
     @property
     def width_and_height(self) -> tuple[int, int] | None:
-        """The resolution's width and height in pixels; nothing when it does not say that."""
+        """The resolution's width and height in pixels; None if it has another form."""
         numbers = re.fullmatch(r"\s*(\d{1,6})\s*(?:,\s*(\d{1,6})\s*)?", self.resolution)
         return (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else None
 
     @property
     def network_options(self) -> dict[str, str]:
-        """``network_args`` taken apart: ``key=value`` each."""
+        """``network_args``, each of which is ``key=value``, as a dictionary."""
         return dict(pair.split("=", 1) for pair in self.network_args if "=" in pair)
 
 
+class ValueType(StrEnum):
+    """A type that a trainer takes, in words for a message."""
+
+    BOOLEAN = "true or false"
+    INTEGER = "a whole number"
+    NUMBER = "a number"
+    STRING = "a string in quotes"
+    STRINGS = "a list of strings"
+
+
 class WrongType(msgspec.Struct, frozen=True):
-    """A setting whose value has a type that the trainer does not take."""
+    """A setting whose value does not have the type that the trainer takes."""
 
     name: str
     found: Any
-    wanted: str
+    expected: ValueType
 
 
 NAMES = frozenset(TrainerOptions.__struct_fields__)
 
 
-def parse_options(settings: Mapping[str, Any], *, text: bool) -> tuple[TrainerOptions, tuple[WrongType, ...]]:
-    """Settings as the trainer would have them.
+def parse_options(
+    settings: Mapping[str, Any], *, numbers_as_text: bool
+) -> tuple[TrainerOptions, tuple[WrongType, ...]]:
+    """Settings with the types that the trainer gives them.
 
     Args:
-        settings: by the trainers' names; others are left out.
-        text: numbers and truth values may be written as text, as on a command line or in
-            the GUI's files. argparse takes what a TOML file gives as it is.
+        settings: by the trainers' names; unknown names are ignored.
+        numbers_as_text: numbers and booleans may be written as strings, as on a command
+            line or in the GUI's files. In a TOML file they may not: argparse takes its values
+            as they are.
+
+    Returns:
+        The options, with the default for each value of a wrong type, and those values.
     """
     values: dict[str, Any] = {}
     wrong = []
     for name, hint in typing.get_type_hints(TrainerOptions).items():
         if name not in settings or settings[name] is None:
             continue
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+        value_type = _VALUE_TYPES.get(kind, ValueType.STRINGS)
         try:
-            values[name] = _coerce(settings[name], kinds[0], text)
+            values[name] = _convert(settings[name], value_type, numbers_as_text)
         except (ValueError, OverflowError):
-            wrong.append(WrongType(name, settings[name], _WORDS.get(kinds[0], "a list of texts")))
+            wrong.append(WrongType(name, settings[name], value_type))
     return TrainerOptions(**values), tuple(wrong)
 
 
-# Nothing here counts further; larger numbers would overflow what is reckoned from them.
-_LARGEST = 1e12
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text in quotes",
+_VALUE_TYPES: dict[Any, ValueType] = {
+    bool: ValueType.BOOLEAN,
+    int: ValueType.INTEGER,
+    float: ValueType.NUMBER,
+    str: ValueType.STRING,
 }
 
+# No setting is larger; estimates from larger numbers would overflow.
+_LARGEST = 1e12
 
-def _coerce(value: Any, kind: Any, text: bool) -> Any:
-    if isinstance(value, str) and text:
-        stripped = value.strip()
-        if kind is bool and stripped.lower() in {"true", "1", "yes"}:
-            return True
-        if kind is bool and stripped.lower() in {"false", "0", "no", "none", ""}:
-            return False
-        if kind is int:
-            value = float(stripped)
-        if kind is float:
-            value = float(stripped)
-    if isinstance(value, int | float) and abs(value) > _LARGEST:
-        raise ValueError(value)
-    if kind is bool and value in (0, 1) and isinstance(value, int | float):
-        return bool(value)
-    if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
-        return int(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and (isinstance(value, str) or (text and isinstance(value, int | float))):
-        return str(value)
-    if kind not in (bool, int, float, str) and isinstance(value, list | tuple):
-        return tuple(str(item) for item in value)
-    if kind not in (bool, int, float, str) and isinstance(value, str):
-        return tuple(value.split())
+
+def _convert(value: Any, kind: ValueType, numbers_as_text: bool) -> Any:
+    if kind is ValueType.STRING:
+        if isinstance(value, str) or (numbers_as_text and isinstance(value, int | float)):
+            return str(value)
+    elif kind is ValueType.STRINGS:
+        if isinstance(value, list | tuple):
+            return tuple(str(item) for item in value)
+        if isinstance(value, str):
+            return tuple(value.split())
+    else:
+        number = _number(value.strip().lower(), kind) if numbers_as_text and isinstance(value, str) else value
+        if isinstance(number, int | float) and abs(number) <= _LARGEST:
+            if kind is ValueType.BOOLEAN and number in (0, 1):
+                return bool(number)
+            if kind is ValueType.INTEGER and not isinstance(number, bool) and number == int(number):
+                return int(number)
+            if kind is ValueType.NUMBER and not isinstance(number, bool):
+                return float(number)
     raise ValueError(value)
+
+
+def _number(text: str, kind: ValueType) -> float | bool:
+    """A number or a boolean that is written as a string."""
+    if kind is not ValueType.BOOLEAN:
+        return float(text)
+    if text in {"true", "1", "yes"}:
+        return True
+    if text in {"false", "0", "no", "none", ""}:
+        return False
+    raise ValueError(text)

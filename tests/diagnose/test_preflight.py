@@ -22,7 +22,7 @@ from kohya_mps.diagnose import preflight
 from kohya_mps.diagnose.preflight import PreflightOptions
 from kohya_mps.install import training_step
 from kohya_mps.install.generations import Generation
-from kohya_mps.trainer_config.autofix import Change
+from kohya_mps.trainer_config.edits import Change
 from kohya_mps.trainer_config.trainer_options import TrainerOptions
 from tests.support.world import World
 
@@ -262,7 +262,7 @@ def test_the_original_and_other_files_are_never_overwritten(world: World) -> Non
     for out in (file, world.model):
         with pytest.raises(UsageError, match="not overwritten"):
             judged(file, fix=out)
-    with pytest.raises(UsageError, match="no directory"):
+    with pytest.raises(UsageError, match="is not a directory"):
         judged(file, fix=world.root / "none" / "x.toml")
 
 

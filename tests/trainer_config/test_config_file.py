@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.trainer_config.config_file import LARGEST_BYTES, ConfigFile, Kind, read
+from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
+from kohya_mps.trainer_config.contents import LARGEST_BYTES
 from kohya_mps.trainer_config.trainer_options import parse_options
 
 
@@ -63,7 +64,7 @@ GUI = {
 
 def test_the_guis_json_is_what_the_gui_would_tell_the_trainer(tmp_path: Path) -> None:
     file = written(tmp_path / "g.json", json.dumps(GUI))
-    training, wrong = parse_options(file.settings, text=file.numbers_as_text)
+    training, wrong = parse_options(file.settings, numbers_as_text=file.numbers_as_text)
 
     assert file.kind is Kind.GUI
     assert file.trainer == "sdxl_train_network.py"
@@ -173,17 +174,17 @@ def test_of_several_trainings_the_first_is_taken_and_that_is_said(tmp_path: Path
         ("a.toml", b"", "is empty"),
         ("a.toml", b"a = ", "not valid TOML"),
         ("a.toml", b'train_data_dir = "C:\\data"', "backslash"),
-        ("a.toml", b"colour = 1", "no setting that the trainers know"),
+        ("a.toml", b"colour = 1", "contains no setting that the trainers know"),
         ("a.toml", b"x = " + b"[" * 50_000, "nested too deeply"),
         ("a.toml", b"x = " + b"9" * 5000, "not valid TOML"),
         ("a.json", b"[1, 2]", "JSON list"),
-        ("a.json", b'{"a": 1}', "no settings of kohya_ss's GUI"),
+        ("a.json", b'{"a": 1}', "contains no settings of kohya_ss's GUI"),
         ("a.json", b'{"a": ' + b"[" * 50_000, "nested too deeply|not valid JSON"),
         ("a.json", b"{", "not valid JSON"),
         ("a.bin", bytes(range(256)), "not text"),
-        ("a.txt", b"a\0b", "zero bytes"),
-        ("a.txt", b"hello", "none of the three"),
-        ("a.sh", b"ls -l", "no training command"),
+        ("a.txt", b"a\0b", "contains zero bytes"),
+        ("a.txt", b"hello", "none of the three formats"),
+        ("a.sh", b"ls -l", "contains no training command"),
         ("a.toml", b"#" * (LARGEST_BYTES + 1), "larger than"),
     ],
 )
@@ -207,8 +208,8 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_text_for_numbers_is_wrong_in_toml_and_right_on_a_command_line() -> None:
-    strict, wrong = parse_options({"train_batch_size": "2", "resolution": 512}, text=False)
-    lenient, right = parse_options({"train_batch_size": "2", "resolution": 512}, text=True)
+    strict, wrong = parse_options({"train_batch_size": "2", "resolution": 512}, numbers_as_text=False)
+    lenient, right = parse_options({"train_batch_size": "2", "resolution": 512}, numbers_as_text=True)
 
     assert {w.name for w in wrong} == {"train_batch_size", "resolution"}
     assert (strict.train_batch_size, strict.resolution) == (1, "")
