@@ -25,9 +25,12 @@ class Form(StrEnum):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """What is known of a model: ``family`` is a key of ``config/models.yaml``, ``flux`` or
-    ``sd3``, empty when it cannot be told; ``parameters`` by part, of those that were read;
-    ``fp16`` whether a diffusers folder has the weights in fp16 besides."""
+    """What is known of a model.
+
+    ``family`` is a key of ``config/models.yaml``, ``flux`` or ``sd3``, and empty when it cannot
+    be told. ``parameters`` counts those that were read, by part. ``fp16`` says whether a diffusers
+    folder also has the weights in fp16.
+    """
 
     form: Form
     detail: str

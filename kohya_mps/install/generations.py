@@ -72,17 +72,19 @@ class Generation(msgspec.Struct, frozen=True):
         return self.path / "receipt.json"
 
     @property
-    def _manifest(self) -> Path:
+    def manifest_file(self) -> Path:
+        """Written last, so that a generation without it was not built to its end."""
         return self.path / "manifest.json"
 
     @property
-    def _activation_file(self) -> Path:
+    def activation_file(self) -> Path:
+        """Holds the number of its activation."""
         return self.path / "turn"
 
     def manifest(self) -> Manifest | None:
         """What was built; nothing when the build did not finish."""
         try:
-            return msgspec.json.decode(self._manifest.read_bytes(), type=Manifest)
+            return msgspec.json.decode(self.manifest_file.read_bytes(), type=Manifest)
         except (OSError, msgspec.DecodeError):
             return None
 
@@ -93,12 +95,12 @@ class Generation(msgspec.Struct, frozen=True):
 
     def complete(self, manifest: Manifest) -> None:
         """Declare the build finished: the last thing written."""
-        write_atomic(self._manifest, msgspec.json.encode(manifest))
+        write_atomic(self.manifest_file, msgspec.json.encode(manifest))
 
     def activation_number(self) -> int:
         """A number that grows with each activation; 0 when it was never active."""
         try:
-            return int(self._activation_file.read_text(encoding="ascii"))
+            return int(self.activation_file.read_text(encoding="ascii"))
         except (OSError, ValueError):
             return 0
 
@@ -171,7 +173,7 @@ def activate(home: Installation, generation: Generation) -> None:
         raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
     if active(home) != generation or not generation.activation_number():
         turns = [g.activation_number() for g in present(home)]
-        write_atomic(generation._activation_file, str(max(turns, default=0) + 1).encode())
+        write_atomic(generation.activation_file, str(max(turns, default=0) + 1).encode())
         link_atomic(home.venv, generation.venv)
 
 
@@ -203,7 +205,7 @@ def prune(home: Installation, keep: int) -> list[str]:
 
 def discard(generation: Generation) -> None:
     """Remove a generation, so that at no moment it looks complete while it is not."""
-    generation._manifest.unlink(missing_ok=True)
+    generation.manifest_file.unlink(missing_ok=True)
     shutil.rmtree(generation.path)
 
 

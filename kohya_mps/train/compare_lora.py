@@ -39,8 +39,11 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """What the probe found: where it ran, how many modules the LoRA changed, the mean
-    difference of the two pictures (of 255), and the seconds for all of it."""
+    """What the probe found.
+
+    The device, how many modules the LoRA changed, the mean difference of the two pictures
+    (of 255), and the seconds that all of it took.
+    """
 
     device: str
     modules: int

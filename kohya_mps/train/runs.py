@@ -124,8 +124,11 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One optimizer step: loss (mean of all processes), its average over an epoch, time
-    (seconds, epoch), bytes held by the trainer on its device, and learning rates by name."""
+    """One optimizer step.
+
+    ``loss`` is the mean of all processes, ``average`` that over an epoch, ``time`` in seconds
+    since 1970; then the bytes that the trainer holds on its device, and learning rates by name.
+    """
 
     step: int
     epoch: int
