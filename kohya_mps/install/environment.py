@@ -79,8 +79,8 @@ def rebuild(settings: Settings) -> Report:
     """
     home = Installation(settings.home)
     check_location(home)
-    planned = plan(settings)
     with exclusive_lock(home):
+        planned = plan(settings)
         generations.set_aside_foreign_venv(home, replace=False)
         generation, before = build(settings, planned), generations.active(home)
         if before and before.accelerate_config.exists() and not generation.accelerate_config.exists():

@@ -1,7 +1,7 @@
-"""``invoke setup`` and ``invoke verify``: the steps in their order, each told, timed and judged.
+"""``invoke setup`` and ``invoke verify``: the steps in their order, each reported with its time.
 
 A step that does not depend on a failed one still runs: where the repository cannot be
-reached, everything else is done, and the next run has only the rest left.
+reached, everything else is done, and the next run does only what is left.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .receipt import Receipt, Verdict
 
 
 class SetupOptions(msgspec.Struct, frozen=True):
-    """What ``invoke setup`` was asked for besides the settings.
+    """What ``invoke setup`` does beyond what the settings say.
 
-    ``gui`` is whether kohya's web page is to be installed; when not said, it stays as it is.
+    ``gui`` is whether kohya's web page is installed; with None it stays as it is.
     """
 
     smoke: bool = True
@@ -43,13 +43,13 @@ class SetupOptions(msgspec.Struct, frozen=True):
     gui: bool | None = None
 
     def with_gui(self, gui: bool, no_gui: bool) -> SetupOptions:
-        """The same, and what ``--gui`` and ``--no-gui`` say of the web page.
+        """The same options, with ``--gui`` or ``--no-gui`` applied.
 
         Raises:
-            UsageError: both were given.
+            UsageError: both are set.
         """
         if gui and no_gui:
-            raise UsageError("--gui and --no-gui were both given", "give one of them")
+            raise UsageError("--gui and --no-gui exclude each other", "use one of them")
         return msgspec.structs.replace(self, gui=gui) if gui or no_gui else self
 
 
@@ -63,7 +63,7 @@ class _Steps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Callable[[Status, str, str], None]]:
-        """Run the block as a step; it says how it went through what it is given."""
+        """Run the block as a step. It gets a function to report its status, detail and fix with."""
         say(f"[{len(self.checks) + 1}/{self.total}] {name}")
         outcome: list[Check] = []
         started = time.monotonic()
@@ -78,74 +78,180 @@ class _Steps:
         say(f"      {row.status}: {row.detail.splitlines()[0]} ({took:.1f} s)")
 
     def skip(self, name: str, why: str) -> None:
-        """A step that has nothing to run on, or was not asked for."""
+        """Add a row for a step that does not run."""
         say(f"[{len(self.checks) + 1}/{self.total}] {name}\n      skip: {why}")
         self.checks.append(Check(name, Status.SKIP, why))
 
 
-def setup(settings: Settings, wanted: SetupOptions) -> Report:
+def setup(settings: Settings, options: SetupOptions) -> Report:
     """Bring the installation to what the settings say, from whatever state it is in.
 
     Raises:
-        UsageError: the place or the settings cannot be meant.
+        UsageError: the home or the settings are invalid.
         Busy: another run holds this installation.
     """
     home = Installation(settings.home)
     check_location(home)
     accelerate_config.check_precision(settings)
-    planned = environment.plan(settings, gui=wanted.gui)
-    ready = check_machine(settings, planned)
-    if ready.status is Status.FAIL:
-        return Report("Setup", (ready,), {"home": str(home.root), "device": None})
+    if not home.state.exists():
+        # No other run can be at work, and a machine that is refused is left as it was.
+        machine = check_machine(settings, environment.plan(settings, gui=options.gui))
+        if machine.status is Status.FAIL:
+            return _refusal(home, (machine,))
     with exclusive_lock(home):
-        return _setup(settings, wanted, home, planned, ready)
+        # Only now: what is planned for must not be replaced by another run before it is used.
+        return _set_up(settings, options, home, environment.plan(settings, gui=options.gui))
 
 
-def _setup(
-    settings: Settings, wanted: SetupOptions, home: Installation, planned: Plan, ready: Check
-) -> Report:
+def _refusal(home: Installation, checks: tuple[Check, ...]) -> Report:
+    return Report("Setup", checks, {"home": str(home.root), "device": None})
+
+
+def _set_up(settings: Settings, options: SetupOptions, home: Installation, plan: Plan) -> Report:
     steps = _Steps(total=6)
-    with steps.step("machine") as tell:
-        tell(ready.status, ready.detail, ready.fix)
-        generations.set_aside_foreign_venv(home, replace=wanted.replace_venv)
-    if steps.checks[-1].status is Status.FAIL:
-        return Report("Setup", tuple(steps.checks), {"home": str(home.root), "device": None})
-    commits: Commits | None = None
-    with steps.step("checkout") as tell:
-        before = checkout.present(home)
-        commits = checkout.ensure_checkout(settings, stash=wanted.stash)
-        tell(
-            Status.PASS,
-            f"kohya_ss {commits.kohya_ss[:12]} {'in place' if commits == before else 'checked out'}",
-            "",
-        )
-    generation: Generation | None = None
-    with steps.step("environment") as tell:
-        generation = environment.build(settings, planned)
-        built = "in place" if generation == planned.usable else "built"
-        tell(
-            Status.PASS,
-            f"{generation.name} {built}: {len(planned.lock.pins)} pins of {planned.lock.path.name}",
-            "",
-        )
+    if not _prepare(settings, options, steps, plan):
+        return _refusal(home, tuple(steps.checks))
+    commits = _check_out(settings, options, steps)
+    generation = _build(settings, steps, plan)
     if generation is None:
         for name in ("configuration", "smoke check", "training step"):
             steps.skip(name, "there is no environment")
         return _summarize(settings, home, steps, None, None)
-    with steps.step("configuration") as tell:
-        configured = accelerate_config.configure(settings, generation, replace_default=wanted.replace_default)
+    with steps.step("configuration") as report:
+        configured = accelerate_config.configure(
+            settings, generation, replace_default=options.replace_default
+        )
         row = max(configured.checks, key=lambda check: check.status is not Status.PASS)
-        tell(row.status, row.detail, row.fix)
+        report(row.status, row.detail, row.fix)
     known = receipt.read(generation)
-    smoked = _smoke(settings, wanted, steps, generation, known)
-    if smoked is None or smoked.ok or generations.active(home) is None:
+    same = known is not None and _same_inputs(settings, generation, known)
+    smoke = _smoke_check(settings, options, steps, generation, _Earlier(known.smoke if known else None, same))
+    if smoke is None or smoke.ok or generations.active(home) is None:
         generations.activate(home, generation)
-    trained = _train(settings, wanted, steps, generation, home, commits, known)
-    record = _record(settings, generation, commits, smoked, trained, steps)
+    same = same and known is not None and known.commits == commits
+    earlier = _Earlier(known.train_step if known else None, same)
+    trained = _training_step(settings, options, steps, generation, commits, earlier)
+    record = _record(settings, generation, commits, smoke, trained, steps)
     if known is None or _without_times(known) != _without_times(record):
         receipt.save(generation, record)
     generations.prune(home, settings.generations_kept)
     return _summarize(settings, home, steps, generation, record)
+
+
+def _prepare(settings: Settings, options: SetupOptions, steps: _Steps, plan: Plan) -> bool:
+    """Check the machine, and move an environment of somebody else's aside; whether set-up can go on."""
+    with steps.step("machine") as report:
+        machine = check_machine(settings, plan)
+        report(machine.status, machine.detail, machine.fix)
+        if machine.status is not Status.FAIL:
+            generations.set_aside_foreign_venv(Installation(settings.home), replace=options.replace_venv)
+    return steps.checks[-1].status is not Status.FAIL
+
+
+def _check_out(settings: Settings, options: SetupOptions, steps: _Steps) -> Commits | None:
+    """Check out the pinned commits; None when that failed."""
+    commits: Commits | None = None
+    with steps.step("checkout") as report:
+        before = checkout.present(Installation(settings.home))
+        commits = checkout.ensure_checkout(settings, stash=options.stash)
+        how = "in place" if commits == before else "checked out"
+        report(Status.PASS, f"kohya_ss {commits.kohya_ss[:12]} {how}", "")
+    return commits
+
+
+def _build(settings: Settings, steps: _Steps, plan: Plan) -> Generation | None:
+    """Build the environment that is planned; None when that failed."""
+    generation: Generation | None = None
+    with steps.step("environment") as report:
+        generation = environment.build(settings, plan)
+        how = "in place" if generation == plan.usable else "built"
+        detail = f"{generation.name} {how}: {len(plan.lock.pins)} pins of {plan.lock.path.name}"
+        report(Status.PASS, detail, "")
+    return generation
+
+
+class _Earlier(msgspec.Struct, frozen=True):
+    """The verdict in the receipt, and whether it was given on the configuration of today."""
+
+    verdict: Verdict | None
+    same_inputs: bool
+
+
+def _smoke_check(
+    settings: Settings, options: SetupOptions, steps: _Steps, generation: Generation, earlier: _Earlier
+) -> Verdict | None:
+    return _verify_once(
+        steps,
+        "smoke check",
+        options.smoke,
+        earlier,
+        lambda: smoke_check.run(settings, generation),
+        lambda verdict: f"{len(verdict.checks)} checks on {verdict.device}",
+    )
+
+
+def _training_step(
+    settings: Settings,
+    options: SetupOptions,
+    steps: _Steps,
+    generation: Generation,
+    commits: Commits | None,
+    earlier: _Earlier,
+) -> Verdict | None:
+    def describe(verdict: Verdict) -> str:
+        losses = ", ".join(f"{loss:.4f}" for loss in verdict.losses)
+        return f"on {verdict.device}, {verdict.what}; losses {losses}"
+
+    home = Installation(settings.home)
+    training = training_step.TrainingStepOptions(builtin=commits is None)
+    return _verify_once(
+        steps,
+        "training step",
+        options.train_step and options.smoke,
+        earlier,
+        lambda: training_step.run(settings, generation, home.root, home.verification, training),
+        describe,
+    )
+
+
+def _verify_once(
+    steps: _Steps,
+    name: str,
+    requested: bool,
+    earlier: _Earlier,
+    run: Callable[[], Report],
+    describe: Callable[[Verdict], str],
+) -> Verdict | None:
+    """Run a verification as a step, unless an earlier verdict still holds.
+
+    Args:
+        steps: the rows of the report.
+        name: of the step.
+        requested: whether the person wants it.
+        earlier: what the receipt says.
+        run: runs the verification.
+        describe: the detail of the row of a verification that passed.
+
+    Returns:
+        The verdict that holds now; None when there is none.
+    """
+    if not requested:
+        steps.skip(name, "not requested")
+        return earlier.verdict
+    before = earlier.verdict
+    if before and before.ok and earlier.same_inputs:
+        steps.skip(name, f"passed on {before.device} at {before.at}; `invoke verify` runs it again")
+        return before
+    verdict: Verdict | None = None
+    with steps.step(name) as report:
+        verdict = receipt.verdict(run())
+        failed = [check for check in verdict.checks if check.status is Status.FAIL]
+        if failed:
+            detail = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+            report(Status.FAIL, detail, failed[0].fix)
+        else:
+            report(Status.PASS, describe(verdict), "")
+    return verdict
 
 
 def verify(settings: Settings, *, full: bool = False) -> Report:
@@ -156,32 +262,30 @@ def verify(settings: Settings, *, full: bool = False) -> Report:
         full: train a model of Stable Diffusion 1.5's full size.
     """
     home = Installation(settings.home)
-    generation = installed(home, settings.profile_name)
-    with exclusive_lock(home):
-        smoked = smoke_check.run(settings, generation)
+    with _locked_generation(home, settings.profile_name) as generation:
+        smoke = smoke_check.run(settings, generation)
         commits = checkout.present(home)
         options = training_step.TrainingStepOptions(
             full=full and commits is not None, builtin=commits is None
         )
         trained = training_step.run(settings, generation, home.root, home.verification, options)
         if known := receipt.read(generation):
-            verdicts = {"smoke": receipt.verdict(smoked), "train_step": receipt.verdict(trained)}
+            verdicts = {"smoke": receipt.verdict(smoke), "train_step": receipt.verdict(trained)}
             receipt.save(generation, msgspec.structs.replace(known, written=receipt.now(), **verdicts))
-    extra = {**trained.extra, "smoke": smoked.checks, "train_step": trained.checks}
-    return Report(f"Verification of {home.root}", (*smoked.checks, *trained.checks), extra)
+    extra = {**trained.extra, "smoke": smoke.checks, "train_step": trained.checks}
+    return Report(f"Verification of {home.root}", (*smoke.checks, *trained.checks), extra)
 
 
 def configure(settings: Settings, replace_default: bool, layout: ProcessLayout | None = None) -> Report:
-    """``invoke configure``: write the configuration anew; verdicts on another one no longer hold.
+    """``invoke configure``: write the configuration again; verdicts on another one no longer hold.
 
     Args:
         settings: the mixed precision.
         replace_default: back up somebody else's default configuration and replace it.
-        layout: how trainings are spread; as it was when not given.
+        layout: how trainings are distributed; with None that stays as it is.
     """
     home = Installation(settings.home)
-    generation = installed(home, settings.profile_name)
-    with exclusive_lock(home):
+    with _locked_generation(home, settings.profile_name) as generation:
         report = accelerate_config.configure(settings, generation, replace_default=replace_default)
         if layout:
             report = report.plus([accelerate_config.configure_distributed(settings, generation, layout)])
@@ -189,6 +293,14 @@ def configure(settings: Settings, replace_default: bool, layout: ProcessLayout |
         if known and (changed := _reconfigured(settings, generation, known)) != known:
             receipt.save(generation, changed)
     return report
+
+
+@contextlib.contextmanager
+def _locked_generation(home: Installation, profile: str) -> Iterator[Generation]:
+    """Hold the installation, with the generation that is active then."""
+    installed(home, profile)  # refused before a lock file is made
+    with exclusive_lock(home):
+        yield installed(home, profile)  # again: another run may have activated one meanwhile
 
 
 def _reconfigured(settings: Settings, generation: Generation, known: Receipt) -> Receipt:
@@ -209,7 +321,7 @@ def installed(home: Installation, profile: str = "") -> Generation:
 
     Args:
         home: where it is installed.
-        profile: what it has to be of, where that profile's rules or lock are applied to it.
+        profile: the profile that it must be of, where that profile's rules or lock are applied to it.
 
     Raises:
         UsageError: nothing is installed in this home, it is of another profile, or others
@@ -222,103 +334,54 @@ def installed(home: Installation, profile: str = "") -> Generation:
         raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
     if profile and manifest.profile != profile:
         raise UsageError(
-            f"the active environment is of the profile {manifest.profile}, and {profile} is asked for",
-            f"KOHYA_PROFILE={manifest.profile} asks for the one that is there; `invoke setup` installs {profile}",
+            f"the active environment is of the profile {manifest.profile}, not {profile}",
+            f"KOHYA_PROFILE={manifest.profile} selects the installed one; `invoke setup` installs {profile}",
         )
     return generation
 
 
-def check_machine(settings: Settings, planned: Plan) -> Check:
-    """What has to be there before anything is touched: architecture, git, Python and disk."""
-    name = "machine"
-    machine, wanted = platform.machine(), expected_architecture()
-    if machine != wanted:
-        what = (
-            "this Python runs under Rosetta, or this is an Intel Mac"
-            if on_mac()
-            else "there are no wheels for it"
-        )
-        fix = (
-            "install a native arm64 Python 3.11 and make .venv anew" if on_mac() else "use an x86-64 machine"
-        )
-        return Check(name, Status.FAIL, f"architecture {machine}, not {wanted}: {what}", fix)
+def check_machine(settings: Settings, plan: Plan) -> Check:
+    """Whether the machine has what set-up needs: architecture, git, and for a build Python and disk."""
     try:
-        git = capture(["git", "--version"])
-    except StepFailed:
-        git = None
-    if git is None or git.returncode:
-        fix = "`xcode-select --install`" if on_mac() else "install git with your package manager"
-        return Check(name, Status.FAIL, "git was not found, or does not run", fix)
-    if planned.usable is None:
-        try:
+        _check_architecture()
+        version = _git_version()
+        if plan.usable is None:
             environment.find_python(settings.profile)
-            if planned.changed is None:
+            if plan.changed is None:
                 environment.check_disk(Installation(settings.home), settings.profile)
-        except KohyaError as error:
-            return Check(name, Status.FAIL, error.what, error.fix)
-    return Check(
-        name,
-        Status.PASS,
-        f"{platform.system()} {machine}, {git.stdout.strip()}, expected device {expected_device()}",
+    except KohyaError as error:
+        return Check("machine", Status.FAIL, error.what, error.fix)
+    found = f"{platform.system()} {platform.machine()}, {version}, expected device {expected_device()}"
+    return Check("machine", Status.PASS, found)
+
+
+def _check_architecture() -> None:
+    machine, expected = platform.machine(), expected_architecture()
+    if machine == expected:
+        return
+    if on_mac():
+        raise UsageError(
+            f"architecture {machine}, not {expected}: this Python runs under Rosetta, or this is an Intel Mac",
+            "install a native arm64 Python 3.11 and make .venv again",
+        )
+    raise UsageError(
+        f"architecture {machine}, not {expected}: there are no wheels for it", "use an x86-64 machine"
     )
 
 
-def _smoke(
-    settings: Settings, wanted: SetupOptions, steps: _Steps, generation: Generation, known: Receipt | None
-) -> Verdict | None:
-    if not wanted.smoke:
-        steps.skip("smoke check", "not asked for")
-        return known.smoke if known else None
-    if known and known.smoke and known.smoke.ok and _same_inputs(settings, generation, known):
-        steps.skip(
-            "smoke check",
-            f"passed on {known.smoke.device} at {known.smoke.at}; `invoke verify` runs it again",
-        )
-        return known.smoke
-    outcome: Verdict | None = None
-    with steps.step("smoke check") as tell:
-        result = smoke_check.run(settings, generation)
-        outcome = receipt.verdict(result)
-        bad = [check for check in result.checks if check.status is Status.FAIL]
-        if bad:
-            tell(Status.FAIL, "; ".join(f"{check.name}: {check.detail}" for check in bad), bad[0].fix)
-        else:
-            tell(Status.PASS, f"{len(result.checks)} checks on {outcome.device}", "")
-    return outcome
-
-
-def _train(
-    settings: Settings,
-    wanted: SetupOptions,
-    steps: _Steps,
-    generation: Generation,
-    home: Installation,
-    commits: Commits | None,
-    known: Receipt | None,
-) -> Verdict | None:
-    if not (wanted.train_step and wanted.smoke):
-        steps.skip("training step", "not asked for")
-        return known.train_step if known else None
-    done = known.train_step if known else None
-    if known and done and done.ok and known.commits == commits and _same_inputs(settings, generation, known):
-        steps.skip("training step", f"passed on {done.device} at {done.at}; `invoke verify` runs it again")
-        return done
-    outcome: Verdict | None = None
-    with steps.step("training step") as tell:
-        options = training_step.TrainingStepOptions(builtin=commits is None)
-        result = training_step.run(settings, generation, home.root, home.verification, options)
-        outcome = receipt.verdict(result)
-        bad = [check for check in result.checks if check.status is Status.FAIL]
-        if bad:
-            tell(Status.FAIL, "; ".join(f"{check.name}: {check.detail}" for check in bad), bad[0].fix)
-        else:
-            losses = ", ".join(f"{loss:.4f}" for loss in outcome.losses)
-            tell(Status.PASS, f"on {outcome.device}, {outcome.what}; losses {losses}", "")
-    return outcome
+def _git_version() -> str:
+    fix = "`xcode-select --install`" if on_mac() else "install git with your package manager"
+    try:
+        done = capture(["git", "--version"])
+    except StepFailed as error:
+        raise UsageError("git was not found", fix) from error
+    if done.returncode:
+        raise UsageError("git does not run", fix)
+    return done.stdout.strip()
 
 
 def _same_inputs(settings: Settings, generation: Generation, known: Receipt) -> bool:
-    """Whether an earlier verdict still speaks of this configuration (the lock is the generation's)."""
+    """Whether an earlier verdict was given on this configuration (the lock is the generation's)."""
     return (
         known.accelerate_config == receipt.config_digest(generation)
         and known.mixed_precision == settings.mixed_precision
@@ -329,12 +392,12 @@ def _record(
     settings: Settings,
     generation: Generation,
     commits: Commits | None,
-    smoked: Verdict | None,
+    smoke: Verdict | None,
     trained: Verdict | None,
     steps: _Steps,
 ) -> Receipt:
     manifest = generation.manifest()
-    assert manifest is not None  # built or found complete above
+    assert manifest is not None  # it was built, or found complete
     default = accelerate_config.default_location()
     return Receipt(
         generation=generation.name,
@@ -349,7 +412,7 @@ def _record(
         accelerate_config=receipt.config_digest(generation),
         default_config_path=str(default),
         default_config=receipt.default_digest(default),
-        smoke=smoked,
+        smoke=smoke,
         train_step=trained,
         seconds=dict(steps.seconds),
         written=receipt.now(),
@@ -396,7 +459,7 @@ def _next(
     if not report.ok:
         return (
             "",
-            "Not finished. Mend what is named above, then run `invoke setup` again: it goes on from here.",
+            "Not finished. Fix what is named above, then run `invoke setup` again: it goes on from here.",
         )
     if trained is None:
         return ("", "Installed, not verified. `invoke verify` runs the smoke check and a training step.")

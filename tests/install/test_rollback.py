@@ -15,23 +15,18 @@ from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, generations, inventory
 from kohya_mps.install.generations import Generation
 from kohya_mps.install.rollback import choices, rollback
-from kohya_mps.install.setup import SetupOptions, installed, setup
+from kohya_mps.install.setup import installed, setup
 from tests.support.installs import Small, Upstream, running_as
-from tests.support.standin import make_lock
-
-UNVERIFIED = SetupOptions(smoke=False, train_step=False)
+from tests.support.standin import UNVERIFIED, make_lock
 
 
 @pytest.fixture
-def settings(small: Small, upstream: Upstream) -> Settings:
+def settings(settings: Settings, small: Small, upstream: Upstream) -> Settings:
     """Two generations: the old lock with the old commit, then the new ones."""
-    make_lock(small.lock, small.wheels)
-    chosen = msgspec.structs.replace(small.settings, url=str(upstream.kohya_ss), commit=upstream.old)
-    assert setup(chosen, UNVERIFIED).ok
+    assert setup(msgspec.structs.replace(settings, commit=upstream.old), UNVERIFIED).ok
     make_lock(small.lock, small.wheels, "1.1")
-    newer = msgspec.structs.replace(chosen, commit=upstream.commit)
-    assert setup(newer, UNVERIFIED).ok
-    return newer
+    assert setup(settings, UNVERIFIED).ok
+    return settings
 
 
 def older(settings: Settings) -> Generation:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 import yaml
+from filelock import FileLock
 
 from kohya_mps.core.errors import Busy, StepFailed, UsageError
 from kohya_mps.core.installation import Installation
@@ -21,37 +23,12 @@ from kohya_mps.install import accelerate_config, checkout, environment, generati
 from kohya_mps.install.setup import SetupOptions, configure, installed, setup, verify
 from kohya_mps.train import start
 from tests.support.installs import Small, Upstream
-from tests.support.standin import make_lock
-
-UNVERIFIED = SetupOptions(smoke=False, train_step=False)
-
-
-@pytest.fixture
-def settings(small: Small, upstream: Upstream) -> Settings:
-    """An upstream and a lock that set-up can install within a second."""
-    make_lock(small.lock, small.wheels)
-    return msgspec.structs.replace(small.settings, url=str(upstream.kohya_ss), commit=upstream.commit)
-
-
-def verdicts(report: Report) -> dict[str, Status]:
-    return {check.name: check.status for check in report.checks}
-
-
-def detail(report: Report, name: str) -> str:
-    return next(check.detail for check in report.checks if check.name == name)
+from tests.support.reports import detail, snapshot, statuses
+from tests.support.standin import UNVERIFIED, make_lock
 
 
 def new_lock(small: Small, version: str) -> None:
     make_lock(small.lock, small.wheels, version)
-
-
-def snapshot(root: Path) -> dict[str, tuple[int, int]]:
-    """Every file's time and size, but for what each run writes anew."""
-    return {
-        str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.lstat().st_size)
-        for path in root.rglob("*")
-        if path.is_file() and path.name not in ("index", "lock")
-    }
 
 
 def test_a_bare_machine_gets_checkout_environment_and_configuration(
@@ -59,7 +36,7 @@ def test_a_bare_machine_gets_checkout_environment_and_configuration(
 ) -> None:
     report = setup(settings, UNVERIFIED)
     assert report.ok
-    assert verdicts(report) == {
+    assert statuses(report) == {
         "machine": Status.PASS, "checkout": Status.PASS, "environment": Status.PASS, "configuration": Status.PASS,
         "smoke check": Status.SKIP, "training step": Status.SKIP,
     }  # fmt: skip
@@ -90,9 +67,9 @@ def test_a_second_run_changes_no_file(settings: Settings) -> None:
 def test_without_the_repository_the_rest_is_done_and_the_next_run_has_that_left(settings: Settings) -> None:
     report = setup(msgspec.structs.replace(settings, url="/nowhere"), UNVERIFIED)
     assert not report.ok
-    assert verdicts(report)["checkout"] is Status.FAIL
-    assert verdicts(report)["environment"] is Status.PASS
-    assert verdicts(report)["configuration"] is Status.PASS
+    assert statuses(report)["checkout"] is Status.FAIL
+    assert statuses(report)["environment"] is Status.PASS
+    assert statuses(report)["configuration"] is Status.PASS
     assert "invoke setup" in "".join(report.summary)
     again = setup(settings, UNVERIFIED)
     assert again.ok
@@ -105,9 +82,9 @@ def test_without_the_packages_the_checkout_is_still_done(settings: Settings, sma
     small.lock.write_text(_other_hash(text))
     report = setup(settings, UNVERIFIED)
     assert not report.ok
-    assert verdicts(report)["checkout"] is Status.PASS
-    assert verdicts(report)["environment"] is Status.FAIL
-    assert verdicts(report)["configuration"] is Status.SKIP
+    assert statuses(report)["checkout"] is Status.PASS
+    assert statuses(report)["environment"] is Status.FAIL
+    assert statuses(report)["configuration"] is Status.SKIP
     small.lock.write_text(text)
     assert setup(settings, UNVERIFIED).ok
 
@@ -146,9 +123,9 @@ def test_somebody_elses_environment_is_only_moved_when_asked(settings: Settings)
     (settings.home / "venv").mkdir(parents=True)
     (settings.home / "venv" / "theirs").write_text("theirs")
     report = setup(settings, UNVERIFIED)
-    assert verdicts(report) == {"machine": Status.FAIL}
+    assert statuses(report) == {"machine": Status.FAIL}
     assert (settings.home / "venv" / "theirs").read_text() == "theirs"
-    assert setup(settings, SetupOptions(smoke=False, train_step=False, replace_venv=True)).ok
+    assert setup(settings, msgspec.structs.replace(UNVERIFIED, replace_venv=True)).ok
     assert [path.read_text() for path in settings.home.glob("venv.before-*/theirs")] == ["theirs"]
 
 
@@ -162,7 +139,7 @@ def test_what_cannot_end_well_is_refused_before_anything_is_touched(
             setup(half, UNVERIFIED)
     big = msgspec.structs.replace(settings.profile, disk_gb={"darwin": 1e6, "linux": 1e6})
     report = setup(msgspec.structs.replace(settings, profile=big), UNVERIFIED)
-    assert verdicts(report) == {"machine": Status.FAIL}
+    assert statuses(report) == {"machine": Status.FAIL}
     assert "GB" in detail(report, "machine")
     with monkeypatch.context() as patch:
         patch.setattr("platform.machine", lambda: "riscv64")
@@ -174,9 +151,49 @@ def test_what_cannot_end_well_is_refused_before_anything_is_touched(
     assert not settings.home.exists()
 
 
-def test_a_home_in_use_is_refused(settings: Settings) -> None:
-    with exclusive_lock(Installation(settings.home)), pytest.raises(Busy):
-        setup(settings, UNVERIFIED)
+def test_a_home_in_use_is_refused_whatever_else_is_wrong(settings: Settings) -> None:
+    big = msgspec.structs.replace(settings.profile, disk_gb={"darwin": 1e6, "linux": 1e6})
+    for each in (settings, msgspec.structs.replace(settings, profile=big)):
+        with exclusive_lock(Installation(settings.home)), pytest.raises(Busy):
+            setup(each, UNVERIFIED)
+
+
+@pytest.mark.parametrize("step", [lambda settings: setup(settings, UNVERIFIED), environment.rebuild])
+def test_what_another_run_changed_while_this_one_waited_for_the_lock_is_seen(
+    step: Callable[[Settings], Report], settings: Settings
+) -> None:
+    setup(settings, UNVERIFIED)
+    home = Installation(settings.home)
+    first = installed(home)
+    # Without a record of its holder, as in the moment after it was taken: others wait for it.
+    with ThreadPoolExecutor() as pool, FileLock(home.state / "lock"):
+        waiting = pool.submit(step, settings)
+        time.sleep(0.5)
+        (inventory.site_packages(first.venv) / "plain" / "core.py").unlink()
+        assert not waiting.done()
+    assert waiting.result().ok
+    done = subprocess.run([installed(home).python, "-c", "import plain.core"], check=False)
+    assert done.returncode == 0
+
+
+def test_the_generation_that_is_active_once_the_lock_is_held_is_configured(
+    settings: Settings, small: Small
+) -> None:
+    setup(settings, UNVERIFIED)
+    home = Installation(settings.home)
+    new_lock(small, "1.1")
+    setup(settings, UNVERIFIED)
+    newer, older = installed(home), generations.previous(home)
+    assert older is not None
+    for generation in (newer, older):
+        generation.accelerate_config.unlink()
+    with ThreadPoolExecutor() as pool, FileLock(home.state / "lock"):
+        waiting = pool.submit(configure, settings, replace_default=False)
+        time.sleep(0.5)
+        generations.activate(home, older)
+    assert waiting.result().ok
+    assert older.accelerate_config.exists()
+    assert not newer.accelerate_config.exists()
 
 
 def test_a_new_environment_that_does_not_pass_the_smoke_check_is_not_made_active(
@@ -210,8 +227,8 @@ def test_a_failed_verification_is_recorded_and_run_again(settings: Settings) -> 
     with pytest.raises(StepFailed, match="could not be made"):
         verify(settings)  # the stand-in cannot make a model
     report = setup(settings, SetupOptions())
-    assert verdicts(report)["smoke check"] is Status.FAIL
-    assert verdicts(report)["training step"] is Status.FAIL
+    assert statuses(report)["smoke check"] is Status.FAIL
+    assert statuses(report)["training step"] is Status.FAIL
 
 
 def test_nothing_is_verified_trained_or_configured_without_an_installation(
@@ -301,5 +318,5 @@ def test_an_environment_of_another_profile_is_not_taken_for_the_one_that_is_aske
     setup(settings, UNVERIFIED)
     home = Installation(settings.home)
     assert installed(home, settings.profile_name) == installed(home)
-    with pytest.raises(UsageError, match=f"of the profile {settings.profile_name}, and another is asked for"):
+    with pytest.raises(UsageError, match=f"of the profile {settings.profile_name}, not another"):
         installed(home, "another")

@@ -8,37 +8,21 @@ import msgspec
 import pytest
 
 from kohya_mps.core.installation import Installation
-from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, generations, inventory
-from kohya_mps.install.setup import SetupOptions, installed, setup
+from kohya_mps.install.setup import installed, setup
 from kohya_mps.install.status import listed, status
-from tests.support.installs import Small, Upstream
-from tests.support.standin import make_lock
-
-UNVERIFIED = SetupOptions(smoke=False, train_step=False)
+from tests.support.installs import Small, Upstream, git
+from tests.support.reports import failed, snapshot, warned
+from tests.support.standin import UNVERIFIED, make_lock
 
 
 @pytest.fixture
-def settings(small: Small, upstream: Upstream) -> Settings:
+def settings(settings: Settings) -> Settings:
     """An installation of small packages."""
-    make_lock(small.lock, small.wheels)
-    chosen = msgspec.structs.replace(small.settings, url=str(upstream.kohya_ss), commit=upstream.commit)
-    assert setup(chosen, UNVERIFIED).ok
-    return chosen
-
-
-def failed(report: Report) -> dict[str, Check]:
-    return {check.name: check for check in report.checks if check.status is Status.FAIL}
-
-
-def warned(report: Report) -> dict[str, Check]:
-    return {check.name: check for check in report.checks if check.status is Status.WARN}
-
-
-def snapshot(root: Path) -> dict[Path, int]:
-    return {path: path.lstat().st_mtime_ns for path in root.rglob("*") if path.name not in ("index", "lock")}
+    assert setup(settings, UNVERIFIED).ok
+    return settings
 
 
 def test_a_good_installation_has_no_drift_and_looking_changes_nothing(
@@ -72,8 +56,6 @@ def _stray(settings: Settings) -> None:
 
 
 def _move_submodule(settings: Settings) -> None:
-    from tests.support.installs import git
-
     git(Installation(settings.home).sd_scripts, "commit", "--quiet", "--allow-empty", "-m", "mine")
 
 

@@ -13,22 +13,18 @@ from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config
 from kohya_mps.install.checkout import clone
-from kohya_mps.install.setup import SetupOptions, setup
+from kohya_mps.install.setup import setup
 from kohya_mps.install.uninstall import uninstall
-from tests.support.installs import Small, Upstream, git, running_as
-from tests.support.standin import make_lock
+from tests.support.installs import Upstream, git, running_as
+from tests.support.standin import UNVERIFIED
 
-
-@pytest.fixture
-def settings(small: Small, upstream: Upstream) -> Settings:
-    make_lock(small.lock, small.wheels)
-    return msgspec.structs.replace(small.settings, url=str(upstream.kohya_ss), commit=upstream.commit)
+REPLACING = msgspec.structs.replace(UNVERIFIED, replace_default=True)
 
 
 @pytest.fixture
 def done(settings: Settings) -> Settings:
     """An installation."""
-    assert setup(settings, SetupOptions(smoke=False, train_step=False, replace_default=True)).ok
+    assert setup(settings, REPLACING).ok
     return settings
 
 
@@ -59,7 +55,7 @@ def test_a_backed_up_default_configuration_comes_back(settings: Settings) -> Non
     default = accelerate_config.default_location()
     default.parent.mkdir(parents=True)
     default.write_text("theirs")
-    setup(settings, SetupOptions(smoke=False, train_step=False, replace_default=True))
+    setup(settings, REPLACING)
     assert accelerate_config.is_ours(default)
     uninstall(settings, yes=True)
     assert default.read_text() == "theirs"
@@ -70,7 +66,7 @@ def test_a_default_configuration_that_was_edited_stays_beside_the_backup(setting
     default = accelerate_config.default_location()
     default.parent.mkdir(parents=True)
     default.write_text("theirs")
-    setup(settings, SetupOptions(smoke=False, train_step=False, replace_default=True))
+    setup(settings, REPLACING)
     default.write_text("edited later")
     report = uninstall(settings, yes=True)
     assert any(check.status is Status.WARN and "stays" in check.detail for check in report.checks)
@@ -133,7 +129,7 @@ def test_what_is_the_users_stays_even_when_nobody_is_asked(
 
 def test_a_checkout_that_was_there_before_is_never_removed(settings: Settings, upstream: Upstream) -> None:
     git(upstream.kohya_ss, "clone", "--quiet", "--recurse-submodules", ".", str(settings.home))
-    setup(settings, SetupOptions(smoke=False, train_step=False))
+    setup(settings, UNVERIFIED)
     for flag in (False, True):
         uninstall(settings, yes=True, delete_my_files=flag)
         assert (settings.home / "kohya_gui.py").exists()

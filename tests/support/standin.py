@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kohya_mps.install.setup import SetupOptions
 from tests.support.wheelhouse import pin, wheel
+
+#: The stand-in cannot be verified: it has no torch.
+UNVERIFIED = SetupOptions(smoke=False, train_step=False)
 
 _UTILS = b"""\
 import json, pathlib
