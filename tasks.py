@@ -141,7 +141,7 @@ def new(
 @task(
     help={
         "json": JSON,
-        "place": "a project, or a TOML configuration as train_network.py --config_file takes it",
+        "target": "a project, or a TOML configuration as train_network.py --config_file takes it",
         "resume": "go on with the latest run of it, or with the run named",
         "detach": "return at once; the training goes on",
         "preflight": "--no-preflight trains even with what is known to fail",
@@ -149,7 +149,7 @@ def new(
 )
 def train(
     c: Context,
-    place: str,
+    target: str,
     resume: bool = False,
     detach: bool = False,
     preflight: bool = True,
@@ -160,52 +160,52 @@ def train(
     from kohya_mps.train import start
 
     wanted = start.TrainOptions(resume, detach, preflight)
-    cli.run_task(lambda: start.train(settings.load(), Path(place), wanted), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: start.train(settings.load(), Path(target), wanted), json=json, dry=c.config.run.dry)
 
 
-@task(help={"place": RUN, "whole": "everything that the trainer prints"})
-def logs(c: Context, place: str, whole: bool = False) -> None:
+@task(help={"target": RUN, "whole": "everything that the trainer prints"})
+def logs(c: Context, target: str, whole: bool = False) -> None:
     """Show how a running training goes, or how the last one went."""
     from kohya_mps.core import cli
-    from kohya_mps.train import start
+    from kohya_mps.train import follow
 
-    cli.run_task(lambda: start.logs(Path(place), whole=whole), dry=c.config.run.dry)
+    cli.run_task(lambda: follow.logs(Path(target), whole=whole), dry=c.config.run.dry)
 
 
-@task(help={"json": JSON, "place": RUN})
-def stop(c: Context, place: str, json: bool = False) -> None:
+@task(help={"json": JSON, "target": RUN})
+def stop(c: Context, target: str, json: bool = False) -> None:
     """Have a running training save its state and end."""
     from kohya_mps.core import cli
-    from kohya_mps.train import start
+    from kohya_mps.train import follow
 
-    cli.run_task(lambda: start.stop(Path(place)), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: follow.stop(Path(target)), json=json, dry=c.config.run.dry)
 
 
-@task(help={"json": JSON, "place": RUN})
-def report(c: Context, place: str, json: bool = False) -> None:
+@task(help={"json": JSON, "target": RUN})
+def report(c: Context, target: str, json: bool = False) -> None:
     """Write a run's report: one HTML file with curves, samples, settings and versions."""
     from kohya_mps.core import cli, settings
     from kohya_mps.train import html_report
 
-    cli.run_task(lambda: html_report.report(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: html_report.report(settings.load(), Path(target)), json=json, dry=c.config.run.dry)
 
 
-@task(name="test-lora", help={"json": JSON, "place": RUN})
-def test_lora(c: Context, place: str, json: bool = False) -> None:
+@task(name="test-lora", help={"json": JSON, "target": RUN})
+def test_lora(c: Context, target: str, json: bool = False) -> None:
     """Draw a picture with and without a run's LoRA, with diffusers on the device."""
     from kohya_mps.core import cli, settings
     from kohya_mps.train import compare_lora
 
-    cli.run_task(lambda: compare_lora.test(settings.load(), Path(place)), json=json, dry=c.config.run.dry)
+    cli.run_task(lambda: compare_lora.test(settings.load(), Path(target)), json=json, dry=c.config.run.dry)
 
 
-@task(help={"place": RUN, "port": "where it listens"})
-def tensorboard(c: Context, place: str, port: int = 6006) -> None:
+@task(help={"target": RUN, "port": "where it listens"})
+def tensorboard(c: Context, target: str, port: int = 6006) -> None:
     """Show the runs of a project, or one run, in TensorBoard."""
     from kohya_mps.core import cli, settings
-    from kohya_mps.train import html_report
+    from kohya_mps.train import tensorboard
 
-    cli.run_task(lambda: html_report.tensorboard(settings.load(), Path(place), port), dry=c.config.run.dry)
+    cli.run_task(lambda: tensorboard.serve(settings.load(), Path(target), port), dry=c.config.run.dry)
 
 
 @task(

@@ -1,4 +1,4 @@
-"""``invoke test-lora``: does a finished LoRA change what its base model draws, in diffusers, on the device?"""
+"""``invoke test-lora``: does a LoRA change what its base model draws with diffusers, on the device?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.install import accelerate_launch
+from kohya_mps.install.generations import Generation
 from kohya_mps.install.setup import installed
 from kohya_mps.trainer_config import config_file
 from kohya_mps.trainer_config.config_file import read
@@ -22,12 +23,12 @@ from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_optio
 from . import html_report, runs
 from .runs import Run
 
-# Of 255. Less is what rounding does; a LoRA that learned anything does more.
+# Of 255. Rounding makes less; a LoRA that learned anything makes more.
 _LEAST_DIFFERENCE = 0.1
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """What to draw: the options of a sample prompt (sd-scripts, ``line_to_prompt_dict``)."""
+    """One picture to draw: the options of a sample prompt (sd-scripts, ``line_to_prompt_dict``)."""
 
     prompt: str
     negative: str = ""
@@ -39,10 +40,10 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """What the probe found.
+    """The result of the probe (``result.json``).
 
-    The device, how many modules the LoRA changed, the mean difference of the two pictures
-    (of 255), and the seconds that all of it took.
+    ``modules`` is the number of modules that the LoRA changed, ``difference`` the mean difference
+    of the two pictures (of 255), ``seconds`` the time for everything.
     """
 
     device: str
@@ -51,70 +52,78 @@ class Drawn(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def test(settings: Settings, place: Path) -> Report:
-    """Draw a picture without and with the LoRA of a run, put both into its report.
+def test(settings: Settings, target: Path) -> Report:
+    """Draw a picture without and with the LoRA of a run, and put both into the run's report.
 
     Raises:
         UsageError: the run has no LoRA.
-        StepFailed: diffusers could not load or draw.
+        StepFailed: diffusers could not load the model or draw.
     """
-    run = runs.find(place)
-    record, lora = run.record(), run.lora()
+    run = runs.find(target)
+    lora = run.lora()
     if lora is None:
-        raise UsageError(
-            f"{run.path} has no LoRA yet", f"`invoke logs {run.quoted_path}` shows how far it is"
-        )
+        raise UsageError(f"{run.path} has no LoRA yet", f"`invoke logs {run.quoted_path}` shows its progress")
     generation = installed(Installation(settings.home))
-    prompt = _prompt(run)
-    training, _ = parse_options(read(run.settings).settings, numbers_as_text=False)
-    orders = {
-        **msgspec.structs.asdict(prompt),
-        "model": _model(run),
-        "lora": str(lora),
-        "out": str(run.rendered),
-        "family": record.family,
-        "precision": _precision(training),
-    }
-    say(f"drawing {prompt.prompt!r} twice")
-    # A base model in one file has its tokenizers on the hub.
-    online = {name: os.environ.get(name, "0") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    try:
-        accelerate_launch.probe(
-            generation, PROBES / "draw_with_lora.py", msgspec.json.encode(orders).decode(), extra=online
-        )
-    except accelerate_launch.ProbeFailed as error:
-        raise StepFailed(f"diffusers could not draw with {lora}: {error}") from error
-    drawn = msgspec.json.decode((run.rendered / "result.json").read_bytes(), type=Drawn)
-    (run.rendered / "prompt.txt").write_text(prompt.prompt, encoding="utf-8")
+    drawn = _draw(generation, run, lora)
     html_report.report(settings, run.path)
-    device = drawn.device.partition(":")[0]
-    checks = (
-        Check.of(
-            "device",
-            device == expected_device(),
-            f"{drawn.device}, expected {expected_device()}",
-            "`invoke verify`",
-        ),
-        Check.of("modules", drawn.modules > 0, f"the LoRA changes {drawn.modules} modules of {record.model}"),
-        Check.of(
-            "difference",
-            drawn.difference > _LEAST_DIFFERENCE,
-            f"{drawn.difference:.2f} of 255 on average, same noise, {drawn.seconds:.0f} s",
-            "the LoRA changes nothing that can be seen: train longer, or with a higher rate",
-        ),
-        Check("pictures", Status.PASS, f"{run.rendered}, and in {run.report}"),
-    )
     extra = {
         "run": str(run.path),
         "lora": str(lora),
         "report": str(run.report),
         **msgspec.structs.asdict(drawn),
     }
+    checks = (
+        *judge(drawn, expected_device(), run.record().model),
+        Check("pictures", Status.PASS, f"{run.rendered}, and in {run.report}"),
+    )
     return Report(f"LoRA of {run.path}", checks, extra)
 
 
+def judge(drawn: Drawn, expected: str, model: str) -> tuple[Check, ...]:
+    """Whether the pictures were drawn on the expected device, and whether the LoRA changed them."""
+    return (
+        Check.of(
+            "device",
+            drawn.device.partition(":")[0] == expected,
+            f"{drawn.device}, expected {expected}",
+            "`invoke verify`",
+        ),
+        Check.of("modules", drawn.modules > 0, f"the LoRA changes {drawn.modules} modules of {model}"),
+        Check.of(
+            "difference",
+            drawn.difference > _LEAST_DIFFERENCE,
+            f"{drawn.difference:.2f} of 255 on average, same noise, {drawn.seconds:.0f} s",
+            "the LoRA has no visible effect: train longer, or with a higher rate",
+        ),
+    )
+
+
+def _draw(generation: Generation, run: Run, lora: Path) -> Drawn:
+    prompt = _prompt(run)
+    training, _ = parse_options(read(run.settings).settings, numbers_as_text=False)
+    request = {
+        **msgspec.structs.asdict(prompt),
+        "model": _model(run),
+        "lora": str(lora),
+        "out": str(run.rendered),
+        "family": run.record().family,
+        "precision": _precision(training),
+    }
+    say(f"drawing {prompt.prompt!r} twice")
+    # A base model in one file has no tokenizers: they may have to be downloaded.
+    online = {name: os.environ.get(name, "0") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    try:
+        accelerate_launch.probe(
+            generation, PROBES / "draw_with_lora.py", msgspec.json.encode(request).decode(), extra=online
+        )
+    except accelerate_launch.ProbeFailed as error:
+        raise StepFailed(f"diffusers could not draw with {lora}: {error}") from error
+    (run.rendered / "prompt.txt").write_text(prompt.prompt, encoding="utf-8")
+    return msgspec.json.decode((run.rendered / "result.json").read_bytes(), type=Drawn)
+
+
 def _model(run: Run) -> str:
-    """The base model: a path in full, or a name on Hugging Face."""
+    """The base model: an absolute path, or a name on Hugging Face."""
     record = run.record()
     path = config_file.resolve_path(record.model, Path(record.base))
     return str(path) if path.exists() else record.model
@@ -125,23 +134,23 @@ def _precision(training: TrainerOptions) -> str:
 
 
 def _prompt(run: Run) -> Prompt:
-    """The first sample prompt, else the LoRA's name."""
+    """The first sample prompt, or else the LoRA's name."""
     prompts = run.prompts()
     return parse(prompts[0]) if prompts else Prompt(run.record().name)
 
 
 def parse(line: str) -> Prompt:
-    """A line of a prompt file."""
-    text, *options = line.split(" --")
-    given = dict(option.split(" ", 1) for option in options if " " in option)
-    numbers = {name: value for name, value in given.items() if re.fullmatch(r"\d+(\.\d+)?", value.strip())}
-    plain = Prompt(text)
+    """Read a line of a prompt file; an option that is not a number counts as left out."""
+    text, *parts = line.split(" --")
+    options = dict(part.split(" ", 1) for part in parts if " " in part)
+    numbers = {name: value for name, value in options.items() if re.fullmatch(r"\d+(\.\d+)?", value.strip())}
+    default = Prompt(text)
     return Prompt(
         prompt=text,
-        negative=given.get("n", "").strip(),
-        width=int(float(numbers.get("w", plain.width))),
-        height=int(float(numbers.get("h", plain.height))),
-        steps=int(float(numbers.get("s", plain.steps))),
-        scale=float(numbers.get("l", plain.scale)),
-        seed=int(float(numbers.get("d", plain.seed))),
+        negative=options.get("n", "").strip(),
+        width=int(float(numbers.get("w", default.width))),
+        height=int(float(numbers.get("h", default.height))),
+        steps=int(float(numbers.get("s", default.steps))),
+        scale=float(numbers.get("l", default.scale)),
+        seed=int(float(numbers.get("d", default.seed))),
     )

@@ -1,7 +1,7 @@
-"""How a running training goes: a live view on a terminal, plain lines elsewhere.
+"""The progress of a running training: a live view on a terminal, plain lines elsewhere.
 
-Everything shown is read from the run's files, so looking on costs the trainer nothing and
-several can look on at once.
+Everything is read from the run's files. So the view costs the trainer nothing, and several
+terminals can show the same run.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from .runs import Begun, Run, Step, durations
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_LOOK_EVERY = 0.5
-_PLAIN_EVERY = 10.0
-# As many steps as the pace is taken from: enough to be steady, few enough to follow a change.
-_RECENT = 50
+_POLL_SECONDS = 0.5
+_PLAIN_LINE_SECONDS = 10.0
+# The number of steps that the pace is computed from: enough to be steady, few enough to follow a change.
+_RECENT_STEPS = 50
+# The number of lines before the present ones that `invoke logs --whole` prints.
+_RECENT_LINES = 200
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 60
 
 
 class Tail:
-    """What was added to a file since the last look, in whole lines."""
+    """The lines that were added to a file since the last call; a line without its end has to wait."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -43,7 +45,7 @@ class Tail:
         self._rest = b""
 
     def lines(self) -> list[bytes]:
-        """The new lines; none while the file is not there."""
+        """The new complete lines; none while the file does not exist."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read)
@@ -56,15 +58,15 @@ class Tail:
 
 
 class View(msgspec.Struct):
-    """What is known of a run at one moment."""
+    """The state of a run at one moment; ``last_line`` is the trainer's last line of output."""
 
     run: Run
     begun: Begun | None = None
     steps: list[Step] = []
-    said: str = "starting"
+    last_line: str = "starting"
 
     def loss_curve(self) -> str:
-        """The average loss so far in one line of text, lowest to highest."""
+        """The average loss so far as a line of bars; empty before the second step."""
         averages = [step.average for step in self.steps]
         if len(averages) < 2:
             return ""
@@ -74,42 +76,46 @@ class View(msgspec.Struct):
         return "".join(_BARS[round((value - low) * scale)] for value in picked)
 
     def durations(self) -> list[float]:
-        """Seconds that the steps took which were timed, pauses left out."""
+        """The seconds that the steps took, without pauses."""
         return list(durations(self.steps, self.run.record().resumed).values())
 
     def left(self) -> float | None:
-        """Seconds until the last step: at the present pace, with samples and saves as often as so far."""
+        """The seconds until the last step, at the present pace; None before there is a pace.
+
+        Samples and saves are counted as often as there were so far: they are the difference
+        between the mean and the median of the steps.
+        """
         spans = self.durations()
         if self.begun is None or not spans:
             return None
-        besides = statistics.fmean(spans) - statistics.median(spans)
-        return (self.begun.total - self.steps[-1].step) * max(0.0, pace(self.steps) + besides)
+        samples_and_saves = statistics.fmean(spans) - statistics.median(spans)
+        return (self.begun.total - self.steps[-1].step) * max(0.0, pace(self.steps) + samples_and_saves)
 
 
 def pace(steps: list[Step]) -> float:
-    """Seconds per step lately.
+    """The seconds per step of the recent steps; 0 before the second step.
 
-    The median: a step that also saved or drew samples is no measure, and neither is the
-    pause before a resumed run.
+    It is their median, so steps that also saved or drew samples, and the pause before a resumed
+    run, do not change it.
     """
-    recent = steps[-_RECENT - 1 :]
+    recent = steps[-_RECENT_STEPS - 1 :]
     spans = [after.time - before.time for before, after in itertools.pairwise(recent)]
     return statistics.median(spans) if spans else 0.0
 
 
-def follow(
-    run: Run, running: Callable[[], bool], *, whole_log: bool = False, on_ctrl_c: str = "stops looking on"
+def show(
+    run: Run, running: Callable[[], bool], *, whole_log: bool = False, on_ctrl_c: str = "closes this view"
 ) -> None:
-    """Show a run until it ends.
+    """Show the progress of a run until it ends.
 
     Args:
-        run: the run; nothing of it needs to be there yet.
+        run: the run; the trainer need not have written anything yet.
         running: whether its trainer still runs.
-        on_ctrl_c: what Ctrl-C does, as the live view says it.
-        whole_log: pass on everything that the trainer prints instead.
+        on_ctrl_c: what Ctrl-C does, for the lower edge of the live view.
+        whole_log: print everything that the trainer prints instead.
     """
     if whole_log:
-        _pass_on(run, running)
+        _print_log(run, running)
     elif sys.stderr.isatty():
         _live(run, running, on_ctrl_c)
     else:
@@ -117,20 +123,20 @@ def follow(
 
 
 def _views(run: Run, running: Callable[[], bool]) -> Iterator[View]:
-    """The view at every look; the last one is of the ended run."""
+    """The view, updated at every poll; the last one is of the ended run."""
     view = View(run, steps=[])
     steps, log = Tail(run.steps_file), Tail(run.log)
     while True:
-        goes_on = running()
+        still_running = running()
         view.begun = view.begun or run.begun()
         view.steps += [msgspec.json.decode(line, type=Step) for line in steps.lines()]
         for line in log.lines():
             text = line.rpartition(b"\r")[2].decode(errors="replace").strip()
-            view.said = text or view.said
+            view.last_line = text or view.last_line
         yield view
-        if not goes_on:
+        if not still_running:
             return
-        time.sleep(_LOOK_EVERY)
+        time.sleep(_POLL_SECONDS)
 
 
 def _live(run: Run, running: Callable[[], bool], on_ctrl_c: str) -> None:
@@ -144,7 +150,7 @@ def _live(run: Run, running: Callable[[], bool], on_ctrl_c: str) -> None:
 
 
 def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
-    """The live view."""
+    """The live view as something that rich can print."""
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -154,9 +160,9 @@ def panel(view: View, on_ctrl_c: str = "") -> RenderableType:
     grid.add_column(style="dim", width=8)
     grid.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
     if view.begun is None or not view.steps:
-        where = f"on {view.begun.device}" if view.begun else "loading the model and the pictures"
-        grid.add_row("phase", Text(where))
-        grid.add_row("trainer", Text(view.said))
+        phase = f"on {view.begun.device}" if view.begun else "loading the model and the pictures"
+        grid.add_row("phase", Text(phase))
+        grid.add_row("trainer", Text(view.last_line))
     else:
         last, total = view.steps[-1], view.begun.total
         grid.add_row("steps", ProgressBar(total=total, completed=last.step, width=None))
@@ -178,18 +184,18 @@ def _times(view: View) -> str:
 
 
 def _plain(run: Run, running: Callable[[], bool]) -> None:
-    """A line when something began, then one every few seconds in which a step was made."""
-    told_begin, told_step, told_at = False, 0, 0.0
+    """Print a line when the training begins, then one every few seconds if there are new steps."""
+    announced, printed_step, printed_at = False, 0, 0.0
     for view in _views(run, running):
-        if view.begun and not told_begin:
+        if view.begun and not announced:
             say(f"training {view.begun.total} steps on {view.begun.device}")
-            told_begin = True
+            announced = True
         last = view.steps[-1] if view.steps else None
         finished = bool(last and view.begun and last.step >= view.begun.total)
-        due = time.monotonic() - told_at >= _PLAIN_EVERY or finished
-        if last and view.begun and last.step > told_step and due:
+        due = time.monotonic() - printed_at >= _PLAIN_LINE_SECONDS or finished
+        if last and view.begun and last.step > printed_step and due:
             say(plain_line(view, last, view.begun))
-            told_step, told_at = last.step, time.monotonic()
+            printed_step, printed_at = last.step, time.monotonic()
 
 
 def plain_line(view: View, last: Step, begun: Begun) -> str:
@@ -200,27 +206,27 @@ def plain_line(view: View, last: Step, begun: Begun) -> str:
     )
 
 
-def _pass_on(run: Run, running: Callable[[], bool]) -> None:
+def _print_log(run: Run, running: Callable[[], bool]) -> None:
     log = Tail(run.log)
-    recent: deque[bytes] = deque(log.lines(), maxlen=200)
+    recent: deque[bytes] = deque(log.lines(), maxlen=_RECENT_LINES)
     while True:
-        goes_on = running()
+        still_running = running()
         recent += log.lines()
         for line in recent:
             print(line.rpartition(b"\r")[2].decode(errors="replace"), flush=True)
         recent.clear()
-        if not goes_on:
+        if not still_running:
             return
-        time.sleep(_LOOK_EVERY)
+        time.sleep(_POLL_SECONDS)
 
 
 def _rates(step: Step) -> str:
-    # Optimizers that find their own rate (Prodigy) say it as d*lr.
+    # Optimizers that find their own rate, such as Prodigy, log it as d*lr.
     own = {name: rate for name, rate in step.rates.items() if name.startswith("d*lr")}
     values = sorted(set((own or step.rates).values()))
     return ", ".join(f"{value:.2e}" for value in values)
 
 
 def duration(seconds: float) -> str:
-    """A time as it is shown: hours, minutes and seconds."""
+    """A time as hours, minutes and seconds, such as ``1:02:03``."""
     return str(datetime.timedelta(seconds=round(seconds)))

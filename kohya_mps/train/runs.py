@@ -1,8 +1,8 @@
-"""Runs: a training's directory, what is in it, and what state the training is in.
+"""Runs: a training's directory, the files in it, and the state of the training.
 
-``runs/<time>/`` lies beside the settings file. The trainer writes into it while it runs, so
-every question about a run is answered from its files: a run goes on when the terminal, or
-``invoke`` itself, is gone.
+The directory is ``runs/<time>/`` beside the settings file. The trainer writes into it while it
+runs, and everything about a run is read from its files. So a run continues when the terminal,
+or ``invoke`` itself, is gone.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ from kohya_mps.trainer_config.config_file import read
 RUNS = "runs"
 SETTINGS = "train.toml"
 
+# How long a launcher may take to report that its trainer was killed.
 _LAUNCHER_SECONDS = 30.0
+# How long a process may still be listed after it was killed.
 _DYING_SECONDS = 1.0
+# Linux computes a start time from the boot time, which moves when the clock is set.
+_START_TOLERANCE_SECONDS = 1.0
 
 T = TypeVar("T")
 
 
 class State(StrEnum):
-    """What a training is doing, or how it ended. ``died``: it was killed and could not say so."""
+    """What a training is doing, or how it ended. ``died``: it was killed and could not write its end."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -48,14 +52,14 @@ class State(StrEnum):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process by its number and, since numbers are used again, when it began (seconds, epoch)."""
+    """A process: its number and its start time (seconds since the epoch), because numbers are reused."""
 
     pid: int
     began: float
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """A process that is running now."""
+        """The process with this number, now."""
         try:
             return cls(pid, psutil.Process(pid).create_time())
         except psutil.Error:
@@ -65,13 +69,14 @@ class Process(msgspec.Struct, frozen=True):
         """Whether it still runs; a zombie does not."""
         try:
             found = psutil.Process(self.pid)
-            return found.create_time() == self.began and found.status() != psutil.STATUS_ZOMBIE
+            same = abs(found.create_time() - self.began) <= _START_TOLERANCE_SECONDS
+            return same and found.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
 
 class Resumption(msgspec.Struct, frozen=True):
-    """One ``--resume``: when (UTC), from which step, in which generation."""
+    """One ``--resume``: its time (UTC), the step that it continued from, and the generation."""
 
     at: str
     step: int
@@ -79,12 +84,12 @@ class Resumption(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run was started with.
+    """What a run was started with (``run.json``).
 
-    ``settings`` is the file it was asked for, whose copy lies in the run; ``base`` what its
-    paths are relative to; ``model`` the base model as the trainer was told; ``lock`` and
-    ``accelerate_config`` are SHA-256 digests, ``packages`` the versions that decide about
-    numbers, ``started`` is in UTC.
+    ``settings`` is the user's file; the run has a copy of it. ``base`` is the directory that its
+    paths are relative to. ``model`` is the base model as the settings name it. ``lock`` and
+    ``accelerate_config`` are SHA-256 digests. ``packages`` has the versions that influence the
+    losses. ``started`` is in UTC.
     """
 
     name: str
@@ -107,7 +112,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Begun(msgspec.Struct, frozen=True):
-    """What the trainer said before its first step: optimizer steps in all, device, processes."""
+    """What the trainer reported before its first step (``begun.json``).
+
+    ``total`` is the number of optimizer steps, ``pid`` the trainer's process number.
+    """
 
     total: int
     device: str
@@ -116,7 +124,10 @@ class Begun(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """How the trainer says it ended: ``finished``, ``stopped`` or ``failed``, after which step."""
+    """The end that the trainer reported (``ended.json``).
+
+    ``how`` is ``finished``, ``stopped`` or ``failed``, ``step`` the last step.
+    """
 
     how: State
     step: int
@@ -124,10 +135,11 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One optimizer step.
+    """One optimizer step (a line of ``steps.jsonl``).
 
-    ``loss`` is the mean of all processes, ``average`` that over an epoch, ``time`` in seconds
-    since 1970; then the bytes that the trainer holds on its device, and learning rates by name.
+    ``time`` is in seconds since the epoch, ``loss`` the mean of all processes, ``average`` the
+    loss's moving average over an epoch, ``memory`` the bytes that the trainer holds on its
+    device, ``rates`` the learning rates by name.
     """
 
     step: int
@@ -140,25 +152,25 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """A saved state and the step that it was saved after."""
+    """A saved state, and the step after which it was saved."""
 
     path: Path
     step: int
 
 
 class Run(msgspec.Struct, frozen=True):
-    """The places in a run's directory."""
+    """A run's directory and the files in it."""
 
     path: Path
 
     @property
     def quoted_path(self) -> str:
-        """Its path as it is typed behind a command."""
+        """Its path, quoted for a shell."""
         return shlex.quote(str(self.path))
 
     @property
     def settings(self) -> Path:
-        """The settings as they were when the run began."""
+        """The copy of the settings, made when the run began."""
         return self.path / SETTINGS
 
     @property
@@ -173,32 +185,32 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def begun_file(self) -> Path:
-        """What the trainer said before its first step."""
+        """What the trainer reported before its first step."""
         return self.path / "begun.json"
 
     @property
     def ended_file(self) -> Path:
-        """How the trainer says it ended."""
+        """The end that the trainer reported."""
         return self.path / "ended.json"
 
     @property
     def stop_file(self) -> Path:
-        """Its being there asks the trainer to save and end."""
+        """When this file exists, the trainer saves its state and ends."""
         return self.path / "stop"
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's logs."""
+        """The directory of TensorBoard's logs."""
         return self.path / "logs"
 
     @property
     def output(self) -> Path:
-        """LoRAs, saved states and samples."""
+        """The directory of the LoRAs, the saved states and the samples."""
         return self.path / "output"
 
     @property
     def samples(self) -> Path:
-        """Where sd-scripts puts its samples (library/train_util.py, ``sample_images_common``)."""
+        """The directory that sd-scripts puts samples into (library/train_util.py, ``sample_images_common``)."""
         return self.output / "sample"
 
     @property
@@ -219,36 +231,36 @@ class Run(msgspec.Struct, frozen=True):
         """What it was started with.
 
         Raises:
-            UsageError: this is no run's directory.
+            UsageError: this is not a run's directory.
         """
         found = _decode(self._record, Record)
         if found is None:
-            raise UsageError(f"{self.path} is no run", "give a directory of `runs/`, or its project")
+            raise UsageError(f"{self.path} is not a run", "give a directory of `runs/`, or its project")
         return found
 
     def save(self, record: Record) -> None:
-        """Write what it was started with."""
+        """Write ``run.json``."""
         write_atomic(self._record, msgspec.json.format(msgspec.json.encode(record)))
 
     def begun(self) -> Begun | None:
-        """What the trainer said before its first step; nothing until then."""
+        """What the trainer reported before its first step; None until then."""
         return _decode(self.begun_file, Begun)
 
     def ended(self) -> Ended | None:
-        """How the trainer says it ended."""
+        """The end that the trainer reported; None while it runs, and after it was killed."""
         return _decode(self.ended_file, Ended)
 
     def prompts(self) -> tuple[str, ...]:
-        """The sample prompts, numbered as the trainer numbers the lines of a text file."""
-        told = read(self.settings).settings.get("sample_prompts")
-        path = Path(self.record().base) / str(told or "")
+        """The sample prompts of a text file, in the order in which the trainer numbers them."""
+        name = read(self.settings).settings.get("sample_prompts")
+        path = Path(self.record().base) / str(name or "")
         if path.suffix != ".txt" or not path.is_file():
             return ()
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
     def state(self) -> State:
-        """What it is doing, or how it ended."""
+        """The state that its process and its files show."""
         process = self.record().process
         if process and process.alive():
             return State.RUNNING
@@ -256,7 +268,7 @@ class Run(msgspec.Struct, frozen=True):
         return ended.how if ended else State.DIED
 
     def steps(self) -> list[Step]:
-        """Every step so far; a line that a kill cut off is left out."""
+        """Every step so far. A last line that a kill cut off is left out."""
         try:
             lines = self.steps_file.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
@@ -264,21 +276,21 @@ class Run(msgspec.Struct, frozen=True):
         return [msgspec.json.decode(line, type=Step) for line in lines if line.endswith(b"\n")]
 
     def forget_after(self, step: int) -> None:
-        """Drop the steps after one: a resumed run makes them again."""
+        """Remove the steps after this one from the file: a resumed run repeats them."""
         kept = [s for s in self.steps() if s.step <= step]
         write_atomic(self.steps_file, b"".join(msgspec.json.encode(s) + b"\n" for s in kept))
 
     def saved(self) -> Saved | None:
-        """The latest saved state that is whole."""
+        """The latest saved state that is complete; None when there is none."""
         found = []
         for file in self.output.glob("[!.]*-state/train_state.json"):
-            # sd-scripts writes it; our part of it, and so exactness, is the other file.
+            # sd-scripts writes train_state.json. watched_0.pt is ours: without it no exact resume.
             if (file.parent / "watched_0.pt").is_file():
                 found.append(Saved(file.parent, int(json.loads(file.read_bytes())["current_step"])))
         return max(found, key=lambda saved: saved.step, default=None)
 
     def lora(self) -> Path | None:
-        """The finished LoRA, else the latest checkpoint."""
+        """The finished LoRA, or else the latest checkpoint."""
         name = self.record().name
         final = self.output / f"{name}.safetensors"
         checkpoints = [p for p in self.output.glob("[!.]*.safetensors") if p != final]
@@ -287,11 +299,11 @@ class Run(msgspec.Struct, frozen=True):
 
 
 def durations(steps: list[Step], resumed: Iterable[Resumption]) -> dict[int, float]:
-    """Seconds that each step took, by its number.
+    """The seconds that each step took, by the step's number.
 
-    The first one has none, and neither has the first one after a pause: nobody knows when it began.
+    The first step and the first step after each resumption are left out: their start was not recorded.
     """
-    pauses = {again.step for again in resumed}
+    pauses = {resumption.step for resumption in resumed}
     return {
         after.step: after.time - before.time
         for before, after in itertools.pairwise(steps)
@@ -306,21 +318,21 @@ def _decode(path: Path, kind: type[T]) -> T | None:
         return None
 
 
-def settings_file(place: Path) -> Path:
-    """The settings that a project or a file name stands for.
+def settings_file(target: Path) -> Path:
+    """The settings file of a project, or the settings file itself.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there is no such file.
     """
-    file = place / SETTINGS if place.is_dir() else place
+    file = target / SETTINGS if target.is_dir() else target
     if not file.is_file():
-        what = f"{place} has no {SETTINGS}" if place.is_dir() else f"{file}: there is no such file"
+        what = f"{target} has no {SETTINGS}" if target.is_dir() else f"{file}: there is no such file"
         raise UsageError(what, "`invoke new NAME --images DIR` makes a project; or give a kohya TOML file")
     return Path(os.path.abspath(file))
 
 
 def new(file: Path) -> Run:
-    """Make the directory of a new run of these settings."""
+    """Make the directory of a new run of this settings file."""
     parent = file.parent / RUNS
     parent.mkdir(exist_ok=True)
     name = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -336,13 +348,13 @@ def new(file: Path) -> Run:
         return Run(path)
 
 
-def find(place: Path) -> Run:
-    """The run that a path stands for: itself, or the latest of a project or settings file.
+def find(target: Path) -> Run:
+    """Find the run at a path, or the latest run of a project or settings file.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no run.
     """
-    path = Path(os.path.abspath(place))
+    path = Path(os.path.abspath(target))
     if _is_run(path):
         return Run(path)
     parent = (path if path.is_dir() else path.parent) / RUNS
@@ -351,7 +363,7 @@ def find(place: Path) -> Run:
         found = [p for p in found if Run(p).record().settings == str(path)]
     if not found:
         raise UsageError(
-            f"{place}: there is no run of it", f"`invoke train {shlex.quote(str(place))}` starts one"
+            f"{target}: there is no run of it", f"`invoke train {shlex.quote(str(target))}` starts one"
         )
     return Run(found[-1])
 
@@ -361,19 +373,19 @@ def _is_run(path: Path) -> bool:
 
 
 def _order(path: Path) -> tuple[str, int]:
-    """By time, then by the number that a second run of the same second has."""
+    """The time, then the number that :func:`new` adds to a second run of the same second."""
     named = re.fullmatch(r"(.{19})(?:-(\d+))?", path.name)
     return (named[1], int(named[2] or 1)) if named else (path.name, 1)
 
 
 def resumable(run: Run) -> Saved:
-    """The state that a run can go on from.
+    """The saved state that a run can be resumed from.
 
     Raises:
-        UsageError: it runs, or it is finished.
-        StepFailed: it saved nothing.
+        UsageError: the run is still running, or it is finished.
+        StepFailed: it has not saved a state.
     """
-    state = _settled(run)
+    state = _settled_state(run)
     if state is State.RUNNING:
         raise UsageError(f"{run.path} is still running", f"`invoke logs {run.quoted_path}` shows it")
     if state is State.FINISHED:
@@ -383,18 +395,20 @@ def resumable(run: Run) -> Saved:
     saved = run.saved()
     if saved is None:
         raise StepFailed(
-            f"{run.path} ended before it saved a state: nothing to go on from",
-            "`invoke train` starts a new run; save_every_n_steps with save_state = true decides how often one is saved",
+            f"{run.path} ended before it saved a state, so it cannot be resumed",
+            "`invoke train` starts a new run; save_every_n_steps with save_state = true decides how often a state is saved",
         )
     return saved
 
 
-def _settled(run: Run) -> State:
-    """The state, waited for when only the launcher is left: it takes seconds to tell of a killed trainer."""
+def _settled_state(run: Run) -> State:
+    """The state, once it is certain.
+
+    A launcher takes seconds to notice that its trainer was killed, and runs until then.
+    """
     begun, began = run.begun(), time.monotonic()
     while (state := run.state()) is State.RUNNING and begun:
         waited = time.monotonic() - began
-        # A process that was killed a moment ago may still be there.
         if waited > (_DYING_SECONDS if is_alive(begun.pid) else _LAUNCHER_SECONDS):
             break
         time.sleep(0.1)

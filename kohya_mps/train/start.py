@@ -1,29 +1,26 @@
-"""``invoke train``: the real trainer, in the pinned environment, with the user's own settings.
+"""``invoke train``: start the real trainer, in the pinned environment, with the user's settings.
 
-The trainer runs in a session of its own and writes into its run's directory (:mod:`.runs`);
-this process only looks on. Each run keeps everything of it in that directory, so that no
-run can damage what another one made.
+The trainer runs in a session of its own and writes into its run's directory (:mod:`.runs`); this
+process only shows the progress (:mod:`.follow`). All files of a run are in its directory, so no
+run can damage the files of another one.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import msgspec
 
-from kohya_mps.core.errors import StepFailed, Stopped, UsageError
+from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device, on_mac
-from kohya_mps.core.process import end_tree, start
+from kohya_mps.core.process import start
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
-from kohya_mps.core.text import format_size
 from kohya_mps.diagnose import base_model, preflight
 from kohya_mps.diagnose.base_model import Form, Model
 from kohya_mps.diagnose.preflight import PreflightOptions
@@ -33,22 +30,27 @@ from kohya_mps.install.setup import installed
 from kohya_mps.trainer_config import config_file
 from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
 
-from . import live_view, outcome, runs
-from .runs import Process, Record, Resumption, Run, Saved, State
+from . import follow, runs
+from .runs import Process, Record, Resumption, Run, Saved
 
-# Written by probes/make_model.py into the folder of a small model.
+# probes/make_model.py writes this file into the folder of a small model.
 SMALL_MARK = "made-small"
 
 _TRAINERS = {"sd15": "train_network.py", "sd2": "train_network.py", "sdxl": "sdxl_train_network.py"}
 
-_NEEDED = {"network_module": '"networks.lora"', "pretrained_model_name_or_path": '"model.safetensors"'}
+# The settings that every LoRA training needs, each with an example.
+_REQUIRED = {"network_module": '"networks.lora"', "pretrained_model_name_or_path": '"model.safetensors"'}
 
-# The packages whose versions decide about a training's numbers.
-_DECISIVE = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora", "numpy")
+# The packages whose versions influence the losses of a training.
+_RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora", "numpy")
 
 
 class TrainOptions(msgspec.Struct, frozen=True):
-    """What ``invoke train`` was asked for besides the settings."""
+    """The options of ``invoke train``.
+
+    ``resume`` continues the latest run, ``detach`` returns as soon as the trainer is started, and
+    ``preflight`` looks for known failures first.
+    """
 
     resume: bool = False
     detach: bool = False
@@ -58,7 +60,7 @@ class TrainOptions(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """One training, ready to be started.
 
-    ``base`` is where the trainer starts, and so what the settings' paths are relative to.
+    ``base`` is the trainer's working directory: the settings' paths are relative to it.
     """
 
     file: ConfigFile
@@ -68,98 +70,118 @@ class Plan(msgspec.Struct, frozen=True):
     trainer: Path
 
 
-def train(settings: Settings, place: Path, wanted: TrainOptions) -> Report:
-    """Train, and show how it goes until it ends.
+def train(settings: Settings, target: Path, options: TrainOptions) -> Report:
+    """Train, and show the progress until the training ends.
 
     Args:
         settings: the home and the profile.
-        place: a project, a settings file or, to resume, a run.
-        wanted: to go on with the latest run; to return as soon as it is started; to look
-            for known failures first.
+        target: a project, a settings file or, to resume, a run.
+        options: the options of the command.
 
     Raises:
         UsageError: nothing is installed, or the settings cannot be trained with.
-        StepFailed: preflight found what cannot work, or there is no state to resume from.
-        Stopped: the person ended it.
+        StepFailed: preflight found a known failure, or there is no state to resume from.
+        Stopped: the user stopped the training.
     """
     home = Installation(settings.home)
     generation = installed(home, settings.profile_name)
-    if wanted.resume:
-        run = runs.find(place)
+    if options.resume:
+        run = runs.find(target)
         child = resume(settings, generation, run, runs.resumable(run))
     else:
-        file = runs.settings_file(place)
-        planned = plan(home, file, None)
-        if wanted.preflight:
+        planned = plan(home, runs.settings_file(target), None)
+        if options.preflight:
             _preflight(settings, planned)
         run, child = start_run(settings, generation, planned)
     say(f"run: {run.path}")
-    if wanted.detach:
-        # Somebody has to take its exit status while this process lives.
+    if options.detach:
+        # The trainer would stay a zombie while this process lives if nobody took its exit status.
         threading.Thread(target=child.wait, daemon=True).start()
         return _detached(run)
-    _follow(run, child)
-    return summarize(run)
+    return follow.own_training(run, child)
 
 
 def plan(home: Installation, file: Path, base: Path | None) -> Plan:
-    """Read a trainer's TOML and decide how it is trained.
+    """Read a trainer's TOML and decide how to train it.
 
     Args:
-        home: the checkout with the trainers.
+        home: the installation whose checkout has the trainers.
         file: the settings.
-        base: what their paths are relative to; decided by what is there when not given.
+        base: the directory that their paths are relative to. None: the settings' own directory or
+            the working directory, whichever has the files.
 
     Raises:
-        UsageError: it is no TOML of a LoRA training, or of a base model that is not trained here.
+        UsageError: the file is not a TOML of a LoRA training, or its base model is missing,
+            damaged, or of a family that is not trained here.
     """
-    found = read(file)
-    if found.kind is not Kind.TOML:
+    config = read(file)
+    if config.kind is not Kind.TOML:
         raise UsageError(
-            f"{file}: {found.kind} cannot be trained with",
+            f"{file}: {config.kind} cannot be trained with",
             "give a TOML as train_network.py --config_file takes it",
         )
-    for name, example in _NEEDED.items():
-        if not found.settings.get(name):
+    for name, example in _REQUIRED.items():
+        if not config.settings.get(name):
             raise UsageError(f"{file}: {name} is not set: `invoke train` trains LoRA", f"{name} = {example}")
-    base = base or config_file.base_directory(found)
-    named = str(found.settings["pretrained_model_name_or_path"])
-    model = base_model.inspect(named, config_file.resolve_path(named, base))
-    if model.form in (Form.MISSING, Form.DAMAGED):
-        raise UsageError(f"{file}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file")
-    if model.family and model.family not in _TRAINERS:
-        raise UsageError(
-            f"{file}: the base model is {model.family}", "Stable Diffusion 1.5, 2 and SDXL are trained here"
-        )
+    base = base or config_file.base_directory(config)
+    model = _base_model(config, base)
     trainer = home.sd_scripts / _TRAINERS.get(model.family, "train_network.py")
     if not trainer.is_file():
         raise UsageError(f"there is no checkout in {home.root}", "`invoke clone` brings it")
-    name = str(found.settings.get("output_name") or base.name)
-    return Plan(found, base, name, model, trainer)
+    name = str(config.settings.get("output_name") or base.name)
+    return Plan(config, base, name, model, trainer)
+
+
+def _base_model(config: ConfigFile, base: Path) -> Model:
+    name = str(config.settings["pretrained_model_name_or_path"])
+    model = base_model.inspect(name, config_file.resolve_path(name, base))
+    if model.form in (Form.MISSING, Form.DAMAGED):
+        raise UsageError(
+            f"{config.path}: pretrained_model_name_or_path: {model.detail}", "give a .safetensors file"
+        )
+    if model.family and model.family not in _TRAINERS:
+        raise UsageError(
+            f"{config.path}: the base model is {model.family}",
+            "Stable Diffusion 1.5, 2 and SDXL are trained here",
+        )
+    return model
 
 
 def _preflight(settings: Settings, planned: Plan) -> None:
-    question = PreflightOptions(planned.file.path, base=planned.base, trainer=planned.trainer.name)
-    checks = preflight.check(settings, question).checks
-    for row in checks:
-        if row.status is Status.WARN:
-            say(f"  {row.name}: {row.detail}\n    -> {row.fix}")
-    if bad := [row for row in checks if row.status is Status.FAIL]:
-        listed = "\n".join(f"  {row.name}: {row.detail}\n    -> {row.fix}" for row in bad)
+    """Print the warnings of preflight, and refuse a training that is known to fail."""
+    options = PreflightOptions(planned.file.path, base=planned.base, trainer=planned.trainer.name)
+    checks = preflight.check(settings, options).checks
+    for check in checks:
+        if check.status is Status.WARN:
+            say(_listed(check))
+    if failures := [check for check in checks if check.status is Status.FAIL]:
+        listed = "\n".join(map(_listed, failures))
         raise StepFailed(
             f"this training cannot work here:\n{listed}",
-            f"mend that (`invoke preflight {shlex.quote(str(planned.file.path))} --fix OUT` writes a corrected copy), "
-            "or train all the same with `--no-preflight`",
+            f"correct that (`invoke preflight {shlex.quote(str(planned.file.path))} --fix OUT` writes a corrected copy), "
+            "or train anyway with `--no-preflight`",
         )
 
 
+def _listed(check: Check) -> str:
+    return f"  {check.name}: {check.detail}\n    -> {check.fix}"
+
+
 def configuration(home: Installation, generation: Generation) -> Path:
-    """The accelerate configuration of a training: of several processes where that was configured."""
+    """The accelerate configuration of a training: the distributed one where there is one."""
     return home.distributed_config if home.distributed_config.is_file() else generation.accelerate_config
 
 
 def command(generation: Generation, config: Path, planned: Plan, run: Run, saved: Saved | None) -> list[str]:
-    """What is started: the trainer, watched, with everything that it writes kept in the run."""
+    """The command that starts the trainer, in the wrapper that makes it resumable.
+
+    Args:
+        generation: the environment that it runs in.
+        config: the accelerate configuration.
+        planned: the training.
+        run: the run whose directory the trainer writes into.
+        saved: the state to resume from.
+    """
     orders = {
         "steps": str(run.steps_file),
         "begun": str(run.begun_file),
@@ -177,7 +199,7 @@ def command(generation: Generation, config: Path, planned: Plan, run: Run, saved
 
 
 def trainer_arguments(planned: Plan, run: Run) -> list[str]:
-    """What the trainer is told: the run's copy of the settings, and what is said above them."""
+    """The trainer's arguments: the run's copy of the settings, and what takes precedence over it."""
     return [
         *("--config_file", str(run.settings)),
         *("--output_dir", str(run.output), "--output_name", planned.name),
@@ -186,8 +208,8 @@ def trainer_arguments(planned: Plan, run: Run) -> list[str]:
 
 
 def _is_small(planned: Plan) -> bool:
-    told = str(planned.file.settings["pretrained_model_name_or_path"])
-    return (config_file.resolve_path(told, planned.base) / SMALL_MARK).is_file()
+    name = str(planned.file.settings["pretrained_model_name_or_path"])
+    return (config_file.resolve_path(name, planned.base) / SMALL_MARK).is_file()
 
 
 def start_run(
@@ -196,12 +218,17 @@ def start_run(
     """Make the run's directory and start the trainer."""
     run = runs.new(planned.file.path)
     shutil.copyfile(planned.file.path, run.settings)
+    record = _record(settings, generation, planned, run)
+    run.save(record)
+    return run, _start(run, record, generation, planned)
+
+
+def _record(settings: Settings, generation: Generation, planned: Plan, run: Run) -> Record:
     config = configuration(Installation(settings.home), generation)
-    argv = command(generation, config, planned, run, None)
     manifest = generation.manifest()
     assert manifest is not None  # it is the active one
     distributions = manifest.inventory.distributions
-    record = Record(
+    return Record(
         name=planned.name,
         settings=str(planned.file.path),
         base=str(planned.base),
@@ -209,37 +236,39 @@ def start_run(
         family=planned.model.family,
         trainer=planned.trainer.name,
         expected_device=expected_device(),
-        command=tuple(argv),
+        command=tuple(command(generation, config, planned, run, None)),
         started=receipt.now(),
         generation=generation.name,
         profile=settings.profile_name,
         lock=manifest.lock,
         accelerate_config=lockfile.digest(config),
-        packages={name: distributions[name].version for name in _DECISIVE if name in distributions},
+        packages={name: distributions[name].version for name in _RECORDED_PACKAGES if name in distributions},
         commits=checkout.present(Installation(settings.home)),
     )
-    run.save(record)
-    return run, _start(run, record, generation, planned)
 
 
 def resume(settings: Settings, generation: Generation, run: Run, saved: Saved) -> subprocess.Popen[bytes]:
-    """Go on with a run from a saved state, with the settings that it began with."""
-    record = run.record()
+    """Resume a run from a saved state, with the copy of its settings that it has."""
+    record, home = run.record(), Installation(settings.home)
     original = Path(record.settings)
     if original.is_file() and original.read_bytes() != run.settings.read_bytes():
-        say(f"{original} was changed since; this run goes on with its own copy, {run.settings}")
+        say(
+            f"{original} has changed since the run began; the run continues with its own copy, {run.settings}"
+        )
     if generation.name != record.generation:
-        say(f"the run began in {record.generation} and goes on in {generation.name}: numbers may differ")
-    planned = plan(Installation(settings.home), run.settings, Path(record.base))
+        say(f"the run began in {record.generation} and continues in {generation.name}: losses may differ")
+    planned = plan(home, run.settings, Path(record.base))
     planned = msgspec.structs.replace(planned, name=record.name)
-    say(f"going on after step {saved.step}")
+    say(f"continuing after step {saved.step}")
     run.forget_after(saved.step)
     for file in (run.ended_file, run.stop_file, run.begun_file):
         file.unlink(missing_ok=True)
-    again = Resumption(receipt.now(), saved.step, generation.name)
-    argv = command(generation, configuration(Installation(settings.home), generation), planned, run, saved)
+    resumption = Resumption(receipt.now(), saved.step, generation.name)
     record = msgspec.structs.replace(
-        record, command=tuple(argv), resumed=(*record.resumed, again), process=None
+        record,
+        command=tuple(command(generation, configuration(home, generation), planned, run, saved)),
+        resumed=(*record.resumed, resumption),
+        process=None,
     )
     run.save(record)
     return _start(run, record, generation, planned)
@@ -252,65 +281,6 @@ def _start(run: Run, record: Record, generation: Generation, planned: Plan) -> s
     return child
 
 
-def _follow(run: Run, child: subprocess.Popen[bytes]) -> None:
-    """Show the progress until the trainer ends; Ctrl-C asks it to save, a second one ends it."""
-    try:
-        live_view.follow(
-            run, lambda: child.poll() is None, on_ctrl_c="saves the state and stops the training"
-        )
-    except KeyboardInterrupt:
-        run.stop_file.touch()
-        say("\nThe trainer saves its state after this step and ends; Ctrl-C again ends it at once.")
-        try:
-            child.wait()
-        except KeyboardInterrupt:
-            end_tree([child.pid], grace_seconds=0)
-            child.wait()
-            raise Stopped(
-                f"{run.path} was ended; what is new since its last saved state is lost", _go_on(run)
-            ) from None
-        if (ended := run.ended()) and ended.how is State.STOPPED:
-            raise Stopped(
-                f"{run.path} was stopped after step {ended.step}, its state saved", _go_on(run)
-            ) from None
-        if not ended or ended.how is not State.FINISHED:
-            raise Stopped(f"{run.path} was interrupted", f"its log: {run.log}") from None
-
-
-def stop(place: Path) -> Report:
-    """``invoke stop``: ask the trainer to save its state and end, and wait until it has."""
-    run = runs.find(place)
-    if run.state() is not State.RUNNING:
-        raise UsageError(
-            f"{run.path} does not run: it {_STATES[run.state()]}", f"`invoke report {run.quoted_path}`"
-        )
-    run.stop_file.touch()
-    say(f"{run.path}: the trainer saves its state after this step and ends")
-    while run.state() is State.RUNNING:
-        time.sleep(0.2)
-    return summarize(run)
-
-
-def logs(place: Path, *, whole: bool = False) -> Report:
-    """``invoke logs``: look on from another terminal; Ctrl-C ends the looking on alone."""
-    run = runs.find(place)
-    try:
-        live_view.follow(run, lambda: run.state() is State.RUNNING, whole_log=whole)
-    except KeyboardInterrupt:
-        raise Stopped(
-            f"{run.path} goes on", f"`invoke stop {run.quoted_path}` saves its state and ends it"
-        ) from None
-    return summarize(run)
-
-
-_STATES = {
-    State.FINISHED: "is finished",
-    State.STOPPED: "was stopped",
-    State.FAILED: "failed",
-    State.DIED: "was killed",
-}
-
-
 def _detached(run: Run) -> Report:
     process = run.record().process
     return Report(
@@ -319,70 +289,7 @@ def _detached(run: Run) -> Report:
         {"run": str(run.path)},
         (
             "",
-            f"invoke logs {run.quoted_path}     shows how it goes",
+            f"invoke logs {run.quoted_path}     shows its progress",
             f"invoke stop {run.quoted_path}     saves its state and ends it",
         ),
     )
-
-
-def summarize(run: Run) -> Report:
-    """What came of a run, as a report."""
-    state, steps, begun = run.state(), run.steps(), run.begun()
-    record = run.record()
-    ended = run.ended()
-    # Only the first of several machines has the steps; each knows how it ended.
-    reached = ended.step if ended else steps[-1].step if steps else 0
-    total = begun.total if begun else None
-    checks = [
-        Check(
-            "training",
-            Status.PASS if state in (State.FINISHED, State.STOPPED) else Status.FAIL,
-            f"{_STATES[state].removeprefix('is ').removeprefix('was ')} after step {reached}"
-            + (f" of {total}" if total else ""),
-            "" if state is State.FINISHED else _go_on(run),
-        )
-    ]
-    if state in (State.FAILED, State.DIED):
-        checks += outcome.explain_run(run)
-    if begun:
-        device = begun.device.partition(":")[0]
-        checks.append(
-            Check.of(
-                "training device",
-                device == record.expected_device,
-                f"{begun.device}, {begun.processes} process{'es' if begun.processes > 1 else ''}, "
-                f"expected {record.expected_device}",
-                "`invoke configure` writes the accelerate configuration anew",
-            )
-        )
-    if steps:
-        finite = all(math.isfinite(step.loss) for step in steps)
-        detail = f"{steps[0].loss:.4f} in the first step, averages {steps[0].average:.4f} to {steps[-1].average:.4f}"
-        checks.append(Check.of("loss", finite, detail, "lower the learning rate"))
-        checks.append(Check("pace", Status.PASS, f"{live_view.pace(steps):.2f} s per step"))
-    lora = run.lora()
-    if lora:
-        checks.append(Check("LoRA", Status.PASS, f"{lora} ({format_size(lora.stat().st_size)})"))
-    extra = {
-        "run": str(run.path),
-        "state": state,
-        "steps": reached,
-        "total": total,
-        "device": begun.device if begun else None,
-        "losses": [step.loss for step in steps],
-        "lora": str(lora) if lora else None,
-        "log": str(run.log),
-    }
-    next_lines = (
-        ("", f"invoke report {run.quoted_path}", f"invoke test-lora {run.quoted_path}")
-        if state is State.FINISHED
-        else ()
-    )
-    return Report(f"Run {run.path}", tuple(checks), extra, next_lines)
-
-
-def _go_on(run: Run) -> str:
-    saved = run.saved()
-    if saved is None:
-        return "no state was saved yet: `invoke train` starts anew"
-    return f"`invoke train {run.quoted_path} --resume` goes on after step {saved.step}"

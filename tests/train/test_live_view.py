@@ -84,7 +84,7 @@ def test_without_a_terminal_there_are_plain_lines_and_the_last_step_is_told(
     steps(run, *[step_line(n) for n in range(1, 41)])
     looks = iter([True, True, False])
 
-    live_view.follow(run, lambda: next(looks))
+    live_view.show(run, lambda: next(looks))
 
     err = capsys.readouterr().err
     assert "training 40 steps on cpu" in err
@@ -109,7 +109,7 @@ def test_the_live_view_shows_where_the_training_is(run: Run) -> None:
 def test_before_the_first_step_the_trainers_last_words_are_shown(run: Run) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
 
-    console.print(live_view.panel(View(run, said="caching latents.")))
+    console.print(live_view.panel(View(run, last_line="caching latents.")))
 
     assert "caching latents." in console.export_text()
     console.file.close()
@@ -118,6 +118,6 @@ def test_before_the_first_step_the_trainers_last_words_are_shown(run: Run) -> No
 def test_the_whole_log_is_passed_on_without_redraws(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.log.write_bytes(b"loading\nsteps: 1%\rsteps: 2%\rsteps: 3%\nsaved\n")
 
-    live_view.follow(run, lambda: False, whole_log=True)
+    live_view.show(run, lambda: False, whole_log=True)
 
     assert capsys.readouterr().out == "loading\nsteps: 3%\nsaved\n"

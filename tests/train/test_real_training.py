@@ -24,7 +24,7 @@ from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.install import accelerate_config, accelerate_launch, setup, training_step
 from kohya_mps.install.accelerate_config import ProcessLayout
 from kohya_mps.install.generations import Generation
-from kohya_mps.train import compare_lora, new_project, runs, start
+from kohya_mps.train import compare_lora, follow, new_project, runs, start
 from kohya_mps.train.runs import Run, State
 from kohya_mps.train.start import TrainOptions
 
@@ -180,7 +180,7 @@ def test_a_stopped_run_saves_its_state_and_goes_on(here: Settings, tmp_path: Pat
     while len(run.steps()) < 5:
         time.sleep(0.05)
 
-    stopped = start.stop(place)
+    stopped = follow.stop(place)
 
     assert stopped.extra["state"] is State.STOPPED
     assert runs.resumable(run).step == stopped.extra["steps"]

@@ -28,6 +28,23 @@ def test_a_number_that_another_process_has_now_does_not_count(tmp_path: Path) ->
     assert run.state() is State.DIED
 
 
+@pytest.mark.parametrize(
+    ("seconds", "state"), [(0.5, State.RUNNING), (-0.5, State.RUNNING), (5.0, State.DIED)]
+)
+def test_a_process_is_the_same_when_the_clock_was_set_by_less_than_a_second(
+    tmp_path: Path, seconds: float, state: State
+) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        now = Process.of(child.pid)
+        run = made(tmp_path, process=Process(child.pid, now.began + seconds))
+
+        assert run.state() is state
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_a_run_that_said_how_it_ended_did_not_die(tmp_path: Path) -> None:
     run = made(tmp_path, process=_gone())
     run.ended_file.write_text('{"how": "stopped", "step": 4, "error": ""}')

@@ -28,7 +28,7 @@ from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import generations, inventory
 from kohya_mps.install.generations import Generation, Manifest
-from kohya_mps.train import runs, start
+from kohya_mps.train import follow, runs, start
 from kohya_mps.train.runs import Run, State
 from kohya_mps.train.start import TrainOptions
 from tests.support.world import World
@@ -257,14 +257,14 @@ def test_a_full_disk_is_said_with_how_to_go_on(here: Settings, world: World) -> 
     found = fails(start.train(here, world.toml(), TrainOptions()))
 
     assert "3 MB left" in found["disk"].detail
-    assert "--resume` goes on after step 3" in found["training"].fix
+    assert "--resume` continues after step 3" in found["training"].fix
 
 
 def test_a_killed_training_is_resumed_from_its_last_state(here: Settings, world: World) -> None:
     stand_in(here, DIE)
     killed = start.train(here, world.toml(), TrainOptions())
     assert killed.extra["state"] is State.DIED
-    assert "--resume` goes on after step 3" in fails(killed)["training"].fix
+    assert "--resume` continues after step 3" in fails(killed)["training"].fix
 
     report = start.train(here, world.root, TrainOptions(resume=True))
 
@@ -286,7 +286,7 @@ def test_a_resumed_run_goes_on_with_the_settings_that_it_began_with(
     start.train(here, world.root, TrainOptions(resume=True))
 
     assert runs.find(world.root).settings.read_bytes() == began_with
-    assert "was changed since" in capfd.readouterr().err
+    assert "has changed since" in capfd.readouterr().err
 
 
 def test_a_detached_training_is_looked_at_and_stopped_from_elsewhere(here: Settings, world: World) -> None:
@@ -296,13 +296,13 @@ def test_a_detached_training_is_looked_at_and_stopped_from_elsewhere(here: Setti
     run = Run(Path(started.extra["run"]))
     _until(lambda: len(run.steps()) == 4)
     assert run.state() is State.RUNNING
-    report = start.stop(world.root)
+    report = follow.stop(world.root)
 
     assert report.extra["state"] is State.STOPPED
-    assert "--resume` goes on after step" in report.checks[0].fix
-    with pytest.raises(UsageError, match="does not run"):
-        start.stop(world.root)
-    assert start.logs(world.root).extra["state"] is State.STOPPED
+    assert "--resume` continues after step" in report.checks[0].fix
+    with pytest.raises(UsageError, match="is not running"):
+        follow.stop(world.root)
+    assert follow.logs(world.root).extra["state"] is State.STOPPED
 
 
 def test_an_interrupt_saves_first_and_says_how_to_go_on(here: Settings, world: World) -> None:
@@ -316,7 +316,7 @@ def test_an_interrupt_saves_first_and_says_how_to_go_on(here: Settings, world: W
 
     threading.Thread(target=interrupt).start()
     try:
-        with pytest.raises(Stopped, match=r"its state saved[^$]*--resume` goes on after step") as stopped:
+        with pytest.raises(Stopped, match=r"its state saved[^$]*--resume` continues after step") as stopped:
             start.train(here, world.toml(), TrainOptions())
     finally:
         signal.signal(signal.SIGINT, before)
