@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 
 DEV = ("--require-hashes", "-r", "constraints/dev.txt")
+# One more than there are cores: some tests wait for a process.
+PARALLEL = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal")
 
 
 @nox.session(tags=["ci"])
@@ -34,10 +37,18 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
-    """Run the tests that need neither the trainer's environment nor the real kohya_ss."""
+    """Run the fast tests in parallel; those that need the trainer's environment and the slow ones are CI's."""
     session.install(*DEV)
-    marks = [] if "-m" in session.posargs else ["-m", "not environment"]
-    session.run("python", "-m", "pytest", *marks, *session.posargs)
+    marks = [] if "-m" in session.posargs else ["-m", "not environment and not slow"]
+    session.run("python", "-m", "pytest", *PARALLEL, *marks, *session.posargs)
+
+
+@nox.session(tags=["ci"], default=False)
+def slow(session: nox.Session) -> None:
+    """Run the tests that try many moments, damages and examples."""
+    session.install(*DEV)
+    marks = ["-m", "slow and not environment", "--hypothesis-profile", "many"]
+    session.run("python", "-m", "pytest", *PARALLEL, *marks, *session.posargs)
 
 
 @nox.session(tags=["ci"], default=False)

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.installs import PYTHON, Small, Upstream, make_profile, make_settings, make_upstream
@@ -28,6 +29,12 @@ _GIT_CONFIG = """\
 def pytest_configure() -> None:
     """A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Few examples while somebody waits, many in CI: --hypothesis-profile=many.
+hypothesis.settings.register_profile("few", max_examples=10)
+hypothesis.settings.register_profile("many", max_examples=100)
+hypothesis.settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +66,8 @@ def isolated_machine(
             ("KOHYA_", "PIP_", "UV_", "GIT_", "HF_", "XDG_", "CONDA", "PYTHON", "VIRTUAL_ENV")
         ):
             monkeypatch.delenv(name)
+    for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them for its workers
+        monkeypatch.delenv(name, raising=False)
     user = tmp_path / "user"
     user.mkdir()
     monkeypatch.setenv("HOME", str(user))

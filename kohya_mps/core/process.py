@@ -103,11 +103,13 @@ def capture(
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a short command and return its output; the caller judges the exit status."""
+    environ = clean_environ() if env is None else dict(env)
+    environ.pop("COLUMNS", None)  # uv would wrap its sentences, and they are read here
     try:
         return subprocess.run(
             [os.fspath(part) for part in argv],
             cwd=cwd,
-            env=clean_environ() if env is None else dict(env),
+            env=environ,
             capture_output=True,
             text=True,
             errors="replace",

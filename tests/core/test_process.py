@@ -100,6 +100,15 @@ def test_children_are_scrubbed_unless_told_otherwise(monkeypatch: pytest.MonkeyP
     assert b"".join(pieces) == b"clean\n"
 
 
+@pytest.mark.parametrize("env", [None, {"COLUMNS": "40"}])
+def test_captured_output_is_not_wrapped_for_a_terminal(
+    env: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    ask = python("import os; print(os.environ.get('COLUMNS'))")
+    assert capture(ask, env=env).stdout == "None\n"
+
+
 def test_capture_returns_both_outputs_and_the_status() -> None:
     done = capture(python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"))
     assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 3)

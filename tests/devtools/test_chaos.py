@@ -45,6 +45,7 @@ def place(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_kill_during_a_rebuild_leaves_the_old_environment_and_one_rerun_ends_good(
     share: float, place: Testbed
@@ -63,6 +64,7 @@ def test_a_kill_during_a_rebuild_leaves_the_old_environment_and_one_rerun_ends_g
     place.assert_no_leftovers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
 def test_a_kill_during_a_checkout_is_mended_by_one_rerun(
     share: float, place: Testbed, upstream: Upstream
@@ -91,6 +93,7 @@ def test_two_runs_together_end_good_or_name_each_other(place: Testbed) -> None:
         assert f"process {two[1 - busy].pid}" in said[busy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [network.silence, network.half_a_page])
 def test_an_index_that_stops_answering_fails_in_time_and_leaves_nothing(
     answer: network.Answer, place: Testbed
@@ -107,6 +110,7 @@ def test_an_index_that_stops_answering_fails_in_time_and_leaves_nothing(
     assert place.python(REBUILD).code == 0
 
 
+@pytest.mark.slow
 def test_a_git_server_that_stops_half_way_fails_in_time_and_the_rerun_ends_good(
     place: Testbed, upstream: Upstream
 ) -> None:
@@ -126,6 +130,7 @@ def test_a_git_server_that_stops_half_way_fails_in_time_and_the_rerun_ends_good(
     place.assert_no_leftovers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["", "sd-scripts"])
 @pytest.mark.parametrize("what", damage.DAMAGES)
 def test_a_damaged_repository_is_replaced_and_the_users_file_is_never_written_over(

@@ -325,9 +325,7 @@ anything = st.recursive(
 names = st.sampled_from(sorted(TrainerOptions.__struct_fields__)) | st.sampled_from(
     ["LoRA_type", "optimizer", "sdxl", "epoch", "max_resolution", "additional_parameters", "flux1_checkbox"]
 )
-fuzz = hypothesis_settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fuzz = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def judged_or_refused(file: Path) -> None:

@@ -447,6 +447,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ),
     "a truncated index": lambda repository: os.truncate(repository / "index", 20),
 }
+# What goes for the one repository goes for the other: the second is tried by the slow tests.
+TREES = ["kohya_ss", pytest.param("sd-scripts", marks=pytest.mark.slow)]
+
 # Mended where they are: nothing of these files has to be fetched.
 SLIGHT_DAMAGES: dict[str, Callable[[Path], object]] = {
     "a config of zeros": lambda repository: zero(repository / "config"),
@@ -457,7 +460,7 @@ SLIGHT_DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("tree", ["kohya_ss", "sd-scripts"])
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_repository_is_made_anew_and_the_old_one_kept(
     what: str, tree: str, settings: Settings, upstream: Upstream
@@ -494,8 +497,8 @@ def test_what_the_user_changed_is_still_his_after_a_repair(
     assert git(settings.home, "show", "stash@{0}:kohya_gui.py") == "mine"
 
 
-@pytest.mark.parametrize("made_by", ["this project", "the user"])
-@pytest.mark.parametrize("tree", ["kohya_ss", "sd-scripts"])
+@pytest.mark.parametrize("made_by", ["this project", pytest.param("the user", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("what", SLIGHT_DAMAGES)
 def test_a_slightly_damaged_repository_is_mended_and_changes_are_still_the_users(
     what: str, tree: str, made_by: str, settings: Settings, upstream: Upstream
@@ -655,6 +658,7 @@ def killer(tmp_path: Path, upstream: Upstream) -> Killer:
     return Killer(tmp_path / "shim", upstream.commit)
 
 
+@pytest.mark.slow
 def test_a_fresh_clone_killed_anywhere_is_finished_by_the_next_run(
     settings: Settings, upstream: Upstream, killer: Killer
 ) -> None:
@@ -668,6 +672,7 @@ def test_a_fresh_clone_killed_anywhere_is_finished_by_the_next_run(
         check_is_good(settings, upstream)
 
 
+@pytest.mark.slow
 def test_a_move_killed_anywhere_is_finished_by_the_next_run(
     settings: Settings, upstream: Upstream, tmp_path: Path, killer: Killer
 ) -> None:
@@ -686,7 +691,7 @@ def test_a_move_killed_anywhere_is_finished_by_the_next_run(
 
 
 @pytest.mark.parametrize("missing", ["HEAD", "refs", "objects", "config"])
-@pytest.mark.parametrize("tree", [".", "sd-scripts"])
+@pytest.mark.parametrize("tree", [".", pytest.param("sd-scripts", marks=pytest.mark.slow)])
 def test_a_git_init_that_was_killed_itself_is_begun_again(
     tree: str, missing: str, settings: Settings, upstream: Upstream, killer: Killer
 ) -> None:
@@ -709,6 +714,7 @@ def spoil_head(home: Path) -> None:
     (home / ".git" / "HEAD").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [None, spoil_head])
 def test_what_the_user_changed_survives_a_kill_anywhere(
     damage: Callable[[Path], None] | None,

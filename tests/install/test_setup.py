@@ -268,6 +268,7 @@ def test_the_environment_alone_is_renewed_with_its_configuration(settings: Setti
     assert "in place" in environment.rebuild(settings).checks[0].detail
 
 
+@pytest.mark.slow
 def test_set_up_killed_at_any_time_leaves_the_old_environment_and_the_next_run_ends_good(
     settings: Settings, small: Small
 ) -> None:

@@ -94,6 +94,7 @@ def test_cause_remedy_and_source_are_told() -> None:
     assert source_url("CVE-2025-32434") == ""
 
 
+@pytest.mark.slow
 def test_fifty_megabytes_take_less_than_five_seconds_and_constant_memory(tmp_path: Path) -> None:
     line = b"2026-01-01 INFO epoch is incremented.  torch module named accelerator  device\n"
     redraw = "steps:  12%|█▏ | 123/1000 [01:23<10:11,  1.43it/s, avr_loss=0.0823]\r".encode()
@@ -113,7 +114,7 @@ def test_fifty_megabytes_take_less_than_five_seconds_and_constant_memory(tmp_pat
     assert grown * (1 if sys.platform == "darwin" else 1024) < 30e6
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(deadline=None)
 @given(log=st.lists(st.binary(max_size=40) | st.sampled_from([b"\x1b[", b"\r", b"\n", FP16])).map(b"".join))
 def test_any_bytes_are_explained_or_not(log: bytes) -> None:
     explanation = log_search.search(io.BytesIO(log))
