@@ -1,4 +1,4 @@
-"""A base model or VAE as it lies on disk: what it is, whether it is whole, how large."""
+"""A base model or VAE on the disk: its format and size, its family, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kohya_mps.core.text import format_size
 
 
 class Form(StrEnum):
-    """How a model is stored, or why there is none."""
+    """How a model is stored, or why it cannot be used."""
 
     SAFETENSORS = "safetensors"
     PICKLE = "pickle"
@@ -27,9 +27,10 @@ class Form(StrEnum):
 class Model(msgspec.Struct, frozen=True):
     """What is known of a model.
 
-    ``family`` is a key of ``config/models.yaml``, ``flux`` or ``sd3``, and empty when it cannot
-    be told. ``parameters`` counts those that were read, by part. ``fp16`` says whether a diffusers
-    folder also has the weights in fp16.
+    ``detail`` is for the report. ``family`` is a key of ``config/models.yaml``, ``flux`` or
+    ``sd3``, empty if it is not known. ``parameters`` are numbers by part (``unet``, ``vae``,
+    ``text_encoders``), of the parts that were read. ``fp16`` is whether a diffusers folder also
+    has the weights in fp16.
     """
 
     form: Form
@@ -39,8 +40,8 @@ class Model(msgspec.Struct, frozen=True):
     fp16: bool = False
 
 
-# One key of each family's single-file checkpoints. The order matters: SDXL has 1.5's text encoder too.
-_MARKS = (
+# A key of each family's single-file checkpoints. SDXL comes first: it also has 1.5's text encoder.
+_FAMILY_KEYS = (
     ("sdxl", "conditioner.embedders.1."),
     ("flux", "double_blocks."),
     ("flux", "model.diffusion_model.double_blocks."),
@@ -48,7 +49,7 @@ _MARKS = (
     ("sd2", "cond_stage_model.model."),
     ("sd15", "cond_stage_model.transformer."),
 )
-_PARTS = (
+_PART_KEYS = (
     ("unet", "model.diffusion_model."),
     ("vae", "first_stage_model."),
     ("text_encoders", "cond_stage_model."),
@@ -62,13 +63,16 @@ _PIPELINES = {
 _FOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text_encoders", "text_encoder_2": "text_encoders"}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin"})
+_LARGEST_HEADER = 100_000_000
+# What reading a header with another structure raises.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def inspect(name: str, path: Path) -> Model:
     """Look at a model without loading it.
 
     Args:
-        name: as the settings say it; a name that is no path may be a repository's.
+        name: as the settings say it. If there is no such path, it may be a repository's name.
         path: the same as a path.
     """
     if os.path.isdir(path):
@@ -78,37 +82,37 @@ def inspect(name: str, path: Path) -> Model:
             return _safetensors(path)
         return Model(Form.PICKLE, f"{path} ({format_size(os.path.getsize(path))})")
     if _REPOSITORY.fullmatch(name) and Path(name).suffix.lower() not in _WEIGHTS:
-        return Model(Form.HUB, f"{name}, fetched from Hugging Face", _guess(name))
+        return Model(Form.HUB, f"{name}, downloaded from Hugging Face", _guess_family(name))
     return Model(Form.MISSING, f"{path} does not exist")
 
 
-def _guess(name: str) -> str:
-    """The family of a repository, by the names that the families' first publishers gave."""
-    plain = name.lower()
-    if re.search(r"xl\b|[-_]xl[-_]|sdxl", plain):
+def _guess_family(repository: str) -> str:
+    """The family of a repository, by the names that the first publishers of each family chose."""
+    name = repository.lower()
+    if re.search(r"xl\b|[-_]xl[-_]|sdxl", name):
         return "sdxl"
-    if re.search(r"(^|[^a-z])flux([^a-z]|$)", plain):
+    if re.search(r"(^|[^a-z])flux([^a-z]|$)", name):
         return "flux"
-    if "stable-diffusion-3" in plain:
+    if "stable-diffusion-3" in name:
         return "sd3"
-    if "stable-diffusion-2" in plain:
+    if "stable-diffusion-2" in name:
         return "sd2"
-    return "sd15" if "stable-diffusion-v1" in plain else ""
+    return "sd15" if "stable-diffusion-v1" in name else ""
 
 
-class _Damaged(Exception):
-    pass
+class _DamagedError(Exception):
+    """Why a safetensors file cannot be used, as the end of a sentence."""
 
 
 def _safetensors(path: Path) -> Model:
     try:
-        tensors = _header(path)
-    except _Damaged as error:
+        tensors = _tensor_sizes(path)
+    except _DamagedError as error:
         return Model(Form.DAMAGED, f"{path} {error}")
-    family = next((name for name, mark in _MARKS if any(key.startswith(mark) for key in tensors)), "")
+    family = next((name for name, prefix in _FAMILY_KEYS if any(k.startswith(prefix) for k in tensors)), "")
     parameters: dict[str, int] = {}
     for key, count in tensors.items():
-        part = next((part for part, prefix in _PARTS if key.startswith(prefix)), "")
+        part = next((part for part, prefix in _PART_KEYS if key.startswith(prefix)), "")
         if part:
             parameters[part] = parameters.get(part, 0) + count
     return Model(Form.SAFETENSORS, f"{path} ({format_size(os.path.getsize(path))})", family, parameters)
@@ -119,21 +123,22 @@ def _diffusers(path: Path) -> Model:
         index: Any = msgspec.json.decode((path / "model_index.json").read_bytes())
         pipeline = str(index.get("_class_name", ""))
     except (OSError, msgspec.DecodeError, AttributeError):
-        # A VAE alone has no index.
-        if os.path.isfile(path / "config.json"):
+        if os.path.isfile(path / "config.json"):  # a VAE alone has no index
             return Model(Form.DIFFUSERS, f"{path} (diffusers)")
-        return Model(Form.DAMAGED, f"{path} is a folder without model_index.json, so no diffusers model")
+        return Model(
+            Form.DAMAGED, f"{path} is a folder without model_index.json, so it is no diffusers model"
+        )
     parameters: dict[str, int] = {}
     for folder, part in _FOLDERS.items():
         for file in sorted((path / folder).glob("*.safetensors")):
             if ".fp16." in file.name:
-                continue  # the same weights once more
+                continue  # the same weights again
             try:
-                parameters[part] = parameters.get(part, 0) + sum(_header(file).values())
-            except _Damaged as error:
+                parameters[part] = parameters.get(part, 0) + sum(_tensor_sizes(file).values())
+            except _DamagedError as error:
                 return Model(Form.DAMAGED, f"{file} {error}")
-    fp16 = any((path / "unet").glob("*.fp16.*"))
-    return Model(Form.DIFFUSERS, f"{path} (diffusers)", _family(path, pipeline), parameters, fp16)
+    has_fp16 = any((path / "unet").glob("*.fp16.*"))
+    return Model(Form.DIFFUSERS, f"{path} (diffusers)", _family(path, pipeline), parameters, has_fp16)
 
 
 def _family(path: Path, pipeline: str) -> str:
@@ -146,32 +151,36 @@ def _family(path: Path, pipeline: str) -> str:
         return ""
 
 
-def _header(path: Path) -> dict[str, int]:
-    """The tensors of a safetensors file and how many numbers each holds.
+def _tensor_sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file has.
 
-    The format: eight bytes with the header's length, the header in JSON, the tensors.
+    The format: eight bytes with the length of the header, the header in JSON, the tensors.
+
+    Raises:
+        _DamagedError: it is not such a file, or not a complete one.
     """
     try:
         size = os.path.getsize(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, 100_000_000):
-                raise _Damaged("is no whole safetensors file: its header is cut off")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise _DamagedError("is not a complete safetensors file: its header is cut off")
             header: Any = msgspec.json.decode(file.read(length))
-        counts = {}
-        end = 0
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for side in tensor["shape"]:
-                    count *= int(side)
-                counts[name] = count
-                end = max(end, int(tensor["data_offsets"][1]))
+        header.pop("__metadata__", None)
+        counts = {name: _product(tensor["shape"]) for name, tensor in header.items()}
+        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
     except OSError as error:
-        raise _Damaged(f"cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise _Damaged("is no safetensors file: its header cannot be read") from error
-    if 8 + length + end > size:
-        missing = format_size(8 + length + end - size)
-        raise _Damaged(f"is not whole: {missing} are missing (an interrupted download?)")
+        raise _DamagedError(f"cannot be read: {error.strerror}") from error
+    except _MALFORMED as error:
+        raise _DamagedError("is not a safetensors file: its header cannot be read") from error
+    missing = 8 + length + end - size
+    if missing > 0:
+        raise _DamagedError(f"is incomplete: {format_size(missing)} are missing (an interrupted download?)")
     return counts
+
+
+def _product(shape: list[Any]) -> int:
+    count = 1
+    for side in shape:
+        count *= int(side)
+    return count

@@ -21,7 +21,7 @@ from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.core.settings import CONFIG, Settings, read_yaml
 from kohya_mps.core.text import join_some
-from kohya_mps.dataset.scan import OTHER_PICTURES, SMALL_ENDINGS
+from kohya_mps.dataset.picture_files import OTHER_ENDINGS, TRAINER_ENDINGS
 from kohya_mps.diagnose import base_model
 from kohya_mps.diagnose.base_model import Form
 
@@ -168,7 +168,7 @@ def folders(images: Path, name: str) -> tuple[Folder, ...]:
     if not pictures:
         raise UsageError(
             f"--images: {images} holds no picture that the trainer reads",
-            f"accepted: {', '.join(sorted(SMALL_ENDINGS))}",
+            f"accepted: {', '.join(sorted(TRAINER_ENDINGS))}",
         )
     repeats = max(1, min(_MOST_REPEATS, _EPOCH // len(pictures)))
     return (Folder(repeats, name, pictures),)
@@ -176,7 +176,7 @@ def folders(images: Path, name: str) -> tuple[Folder, ...]:
 
 def _pictures(folder: Path) -> Iterator[Picture]:
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SMALL_ENDINGS and not path.name.startswith(".") and path.is_file():
+        if path.suffix.lower() in TRAINER_ENDINGS and not path.name.startswith(".") and path.is_file():
             beside = (path.with_suffix(ending) for ending in _CAPTIONS)
             yield Picture(path, next((caption for caption in beside if caption.is_file()), None))
 
@@ -259,7 +259,7 @@ def _picture_checks(images: Path, found: tuple[Folder, ...]) -> Iterator[Check]:
     pictures = [picture for folder in found for picture in folder.pictures]
     yield Check("pictures", Status.PASS, f"{len(pictures)} linked from {images}")
     unread = sorted(
-        p.name for p in images.rglob("*") if p.suffix.lower() in OTHER_PICTURES and not p.name.startswith(".")
+        p.name for p in images.rglob("*") if p.suffix.lower() in OTHER_ENDINGS and not p.name.startswith(".")
     )
     if unread:
         fix = "save them as PNG or JPEG and make the project again (macOS: `sips -s format png FILE --out FILE.png`)"

@@ -13,8 +13,9 @@ import pytest
 from kohya_mps.core import settings
 from kohya_mps.core.report import Report, Status
 from kohya_mps.core.settings import ROOT, Settings
-from kohya_mps.diagnose import doctor
+from kohya_mps.diagnose import doctor, online
 from kohya_mps.diagnose.doctor import DoctorOptions
+from kohya_mps.diagnose.machine_facts import MachineFacts
 
 BROKEN = "torch==2.8.0.*\ntorchvision==0.22.*\n-r requirements.txt\n"
 
@@ -86,7 +87,7 @@ def test_the_default_configuration_that_says_cpu_is_seen(
     default = tmp_path / "hf" / "accelerate" / "default_config.yaml"
     default.parent.mkdir(parents=True)
     default.write_text('{"use_cpu": true}')
-    machine: doctor.MachineFacts = doctor.examine(here, DoctorOptions()).extra["machine"]
+    machine: MachineFacts = doctor.examine(here, DoctorOptions()).extra["machine"]
 
     assert machine.default_use_cpu is True
     facts = msgspec.structs.asdict(machine)
@@ -143,9 +144,9 @@ def test_a_repository_that_does_not_answer_fails(
 
 
 def test_pairs_that_exclude_each_other() -> None:
-    assert doctor.torch_pair(BROKEN) == ("torch==2.8.0.* with torchvision==0.22.*", True)
-    assert doctor.torch_pair("torch==2.5.1\ntorchvision==0.20.1")[1] is False
-    assert doctor.torch_pair("torch>=2\ntorchvision==0.20.1 torch==2 ???")[1] is None
+    assert online.torch_pair(BROKEN) == ("torch==2.8.0.* with torchvision==0.22.*", True)
+    assert online.torch_pair("torch==2.5.1\ntorchvision==0.20.1")[1] is False
+    assert online.torch_pair("torch>=2\ntorchvision==0.20.1 torch==2 ???")[1] is None
 
 
 def test_invoke_doctor_imports_no_torch_and_prints_json_alone(here: Settings) -> None:

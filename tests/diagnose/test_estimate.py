@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kohya_mps.diagnose.estimate import estimate, models, trained_parameters
+from kohya_mps.diagnose.estimate import estimate
+from kohya_mps.diagnose.memory import trained_parameters
+from kohya_mps.diagnose.model_families import families
 from kohya_mps.trainer_config.trainer_options import TrainerOptions
 
 LORA = TrainerOptions(
@@ -37,7 +39,7 @@ def changed(**values: object) -> TrainerOptions:
 def test_a_steps_memory_is_what_was_counted(
     family: str, size: int, checkpointing: bool, counted: float
 ) -> None:
-    known = models().family(family)
+    known = families().get(family)
     assert known is not None
     curve = known.checkpointed_gb if checkpointing else known.step_gb
 
@@ -51,7 +53,7 @@ def test_the_measured_peak_of_a_full_size_training_is_met() -> None:
 
 def test_lora_files_have_the_size_that_they_have() -> None:
     # Well-known sizes: SD 1.5 at dimension 128 in fp16 is 144 MiB, SDXL at 32 is 218 MiB.
-    sd15, sdxl = models().sd15, models().sdxl
+    sd15, sdxl = families().sd15, families().sdxl
     assert trained_parameters(changed(network_dim=128), "", sd15) * 2 / 2**20 == pytest.approx(144, rel=0.01)
     assert trained_parameters(changed(network_dim=32), "", sdxl) * 2 / 2**20 == pytest.approx(218, rel=0.01)
 
@@ -85,7 +87,7 @@ def test_lokr_never_needs_more_than_the_factors_of_the_matrices() -> None:
         network_module="lycoris.kohya", network_args=("algo=lokr", "factor=8"), network_dim=100_000
     )
 
-    assert trained_parameters(lokr, "", models().sd15) < models().sd15.unet / 50
+    assert trained_parameters(lokr, "", families().sd15) < families().sd15.unet / 50
 
 
 def test_families_that_are_not_reckoned_are_left_open() -> None:

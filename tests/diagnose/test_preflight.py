@@ -409,7 +409,7 @@ def test_bf16_is_refused_on_a_mac_whose_system_is_too_old_for_the_profile(
     asked = PreflightOptions(world.toml(mixed_precision="bf16"), device="mps")
     for version, failures in (("13.6.1", ["bf16"]), ("15.1", []), ("", [])):
         monkeypatch.setattr(
-            "kohya_mps.diagnose.preflight.platform.mac_ver",
+            "platform.mac_ver",
             lambda version=version: (version, ("", "", ""), ""),
         )
         assert preflight.check(latest, asked).extra["failures"] == failures

@@ -12,7 +12,7 @@ import pytest
 
 from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
-from kohya_mps.diagnose import doctor, preflight
+from kohya_mps.diagnose import machine_facts, preflight, training_facts
 from kohya_mps.known_failures import catalogue, log_search, rules
 from kohya_mps.known_failures.catalogue import Failure
 from kohya_mps.known_failures.rules import Target
@@ -20,7 +20,7 @@ from tests.support.failure_cases import CASES, Preflight
 from tests.support.world import World
 
 KNOWN = {failure.id: failure for failure in catalogue.load()}
-HEALTHY = doctor.MachineFacts(
+HEALTHY = machine_facts.MachineFacts(
     system="Darwin", architecture="arm64", rosetta=False, virtual_machine=False, macos="15.1",
     macos_needed="11.0", macos_is_older=False, tools_python="3.11.9", trainer_python="3.11.9", tkinter=True,
     git="git version 2.39.5", xcode="/Library/Developer/CommandLineTools", free_gb=200.0, needed_gb=3.0,
@@ -147,8 +147,8 @@ def test_a_good_training_has_none_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["settings", "environment"])
 def test_rules_read_facts_that_exist(where: str) -> None:
-    machine = set(doctor.MachineFacts.__struct_fields__)
-    names = set(preflight.FACTS) if where == "settings" else machine
+    machine = set(machine_facts.MachineFacts.__struct_fields__)
+    names = set(training_facts.FACTS) if where == "settings" else machine
     for failure in KNOWN.values():
         for rule in getattr(failure, where):
             read = {name for condition in rule.when for name in condition.names()}
