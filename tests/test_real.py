@@ -118,7 +118,8 @@ def test_an_untrained_lora_does_not_pass(generation: Generation, apart: Settings
 
     log = output / "trainer.log"
     finished = process.stream(still, env=accelerate_launch.environ(generation, offline=True), log=log)
-    report = training_step.judge(generation, finished, output, log, options)
+    left = training_step.inspect(generation, output, options)
+    report = training_step.judge(finished, left, log, options)
 
     verdicts = {check.name: check.status for check in report.checks}
     assert verdicts["saved LoRA"] is Status.FAIL

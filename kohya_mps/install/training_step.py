@@ -1,7 +1,7 @@
-"""The training step: the real trainer, on a model and pictures that are made here.
+"""The training step: the real trainer, on a model and pictures that are generated here.
 
-It passes only when the trainer ended well, every loss is finite, the trainer named the
-expected device, and the saved LoRA has weights that training moved away from zero.
+It passes only when the trainer exited with 0, every loss is finite, the trainer named the
+expected device, and training moved weights of the saved LoRA away from zero.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ class Network(msgspec.Struct, frozen=True):
     starts_at_zero: str
 
     def arguments(self) -> list[str]:
-        """What the trainer is told; sd-scripts' own module has no algorithm to choose."""
-        chosen = [] if self.module == "networks.lora" else [f"algo={self.algorithm}"]
-        return ["--network_module", self.module, *(["--network_args", *chosen] if chosen else [])]
+        """The trainer's options for it; sd-scripts' own module has no algorithm to choose."""
+        own = self.module == "networks.lora"
+        return [
+            "--network_module",
+            self.module,
+            *([] if own else ["--network_args", f"algo={self.algorithm}"]),
+        ]
 
 
 NETWORKS = {
@@ -52,12 +56,17 @@ NETWORKS = {
     "lokr": Network("lycoris.kohya", "lokr", r"lokr_w2(_b)?$"),
 }
 
-# Prodigy finds the step size itself and wants to start from 1 (its README says so).
+# Prodigy finds the step size itself; its README recommends to start from 1.
 LEARNING_RATES = {"Prodigy": "1.0"}
 
 
 class TrainingStepOptions(msgspec.Struct, frozen=True):
-    """What is trained: ``network`` is a key of :data:`NETWORKS`, ``optimizer`` a name sd-scripts knows."""
+    """What is trained, and by which trainer.
+
+    ``network`` is a key of :data:`NETWORKS`, ``optimizer`` a name that sd-scripts knows.
+    ``full`` trains a model of Stable Diffusion 1.5's full size, ``builtin`` trains without
+    kohya's trainer.
+    """
 
     network: str = "lora"
     optimizer: str = "AdamW"
@@ -73,10 +82,12 @@ class TrainingStepOptions(msgspec.Struct, frozen=True):
 
 
 class TrainedLora(msgspec.Struct, frozen=True):
-    """What a training left behind.
+    """What a training left behind: its logged losses and its saved LoRA.
 
-    ``losses`` one per step, ``tensors`` in the saved LoRA, ``zero_start`` how many of them
-    start at zero and ``trained`` how many of those no longer are, ``finite`` whether all are.
+    ``losses``: one per step. ``seconds_per_step``: the median; None with a single step.
+    ``tensors``: how many the LoRA has. ``zero_start``: how many of them are zero before the
+    first step. ``trained``: how many of those are no longer zero. ``finite``: whether every
+    weight is.
     """
 
     losses: tuple[float, ...]
@@ -104,32 +115,34 @@ def run(
         options: what is trained.
     """
     options.check()
-    if not options.builtin and (
-        checkout is None or not (checkout / "sd-scripts" / "train_network.py").is_file()
-    ):
+    trainer = checkout / "sd-scripts" / "train_network.py" if checkout else None
+    if not options.builtin and not (trainer and trainer.is_file()):
         raise UsageError(
             "there is no kohya_ss checkout to train with",
-            "`invoke clone` brings it; `nox -s train_step -- --builtin` trains without kohya's trainer",
+            "`invoke clone` makes it; `nox -s train_step -- --builtin` trains without kohya's trainer",
         )
     model = prepare_model(generation, work, "sd15", "full" if options.full else "small")
     output = work / "run"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     if options.builtin or checkout is None:
-        command, place = builtin_command(generation, model, output, options), work
+        command, directory = builtin_command(generation, model, output, options), work
     else:
-        command, place = trainer_command(settings, generation, checkout, model, output, options)
+        command, directory = trainer_command(settings, generation, checkout, model, output, options)
     say(f"  training {STEPS} steps: {what_ran(options)}")
     log = output / "trainer.log"
     environ = accelerate_launch.environ(generation, offline=True)
-    finished = stream(command, cwd=place, env=environ, log=log, on_output=_progress_only)
+    result = stream(command, cwd=directory, env=environ, log=log, on_output=_progress_only)
     if options.full:
-        shutil.rmtree(model)  # four gigabytes that are made again in less time than they are missed
-    return judge(generation, finished, output, log, options)
+        shutil.rmtree(model)  # four gigabytes, and quickly made again
+    if result.returncode:
+        log_search.print_known_failures(result.tail)
+        return trainer_failed(result, log, options)
+    return judge(result, inspect(generation, output, options), log, options)
 
 
 def _progress_only(piece: bytes) -> None:
-    """Of what the trainer says, a person waiting wants the progress bar; the log has the rest."""
+    """Show the progress bar alone of what the trainer prints; the rest is in the log."""
     bars = [part for part in re.split(rb"[\r\n]+", piece) if part.startswith(b"steps:")]
     if bars and sys.stderr.isatty():
         sys.stderr.buffer.write(b"\r      " + bars[-1][:100] + (b"\n" if b"100%" in bars[-1] else b""))
@@ -137,7 +150,7 @@ def _progress_only(piece: bytes) -> None:
 
 
 def what_ran(options: TrainingStepOptions) -> str:
-    """One phrase for the report: which trainer, what it trained, and on what."""
+    """One phrase for the report: which trainer, which network and optimizer, and on which model."""
     trainer = (
         "the built-in step (kohya's trainer was not run)" if options.builtin else "kohya's train_network.py"
     )
@@ -146,7 +159,11 @@ def what_ran(options: TrainingStepOptions) -> str:
 
 
 def prepare_model(generation: Generation, work: Path, family: str, size: str) -> Path:
-    """The generated model, its tokenizers and images; made once for an environment's versions."""
+    """The directory with a generated model, its tokenizers and images; made once for each lock.
+
+    Raises:
+        StepFailed: the environment cannot make it.
+    """
     script = PROBES / "make_model.py"
     manifest = generation.manifest()
     made_by = script.read_bytes() + (manifest.lock if manifest else "").encode()
@@ -173,10 +190,10 @@ def prepare_model(generation: Generation, work: Path, family: str, size: str) ->
 
 
 def _is_whole(model: Path) -> bool:
-    """Whether every file is as it was made: a disk that lost one must not look like a trainer that fails."""
+    """Whether every file is as it was made; a file that the disk lost must not look like a failing trainer."""
     try:
         digests = msgspec.json.decode((model / _DIGESTS).read_bytes(), type=dict[str, str])
-        return all(digest(model / name) == made for name, made in digests.items())
+        return all(digest(model / name) == expected for name, expected in digests.items())
     except (OSError, msgspec.DecodeError):
         return False
 
@@ -190,16 +207,16 @@ def trainer_command(
     options: TrainingStepOptions,
 ) -> tuple[list[str], Path]:
     """The command that starts the real trainer, and the directory it starts in."""
-    place = checkout / "sd-scripts"
-    trainer = [str(place / "train_network.py")]
+    directory = checkout / "sd-scripts"
+    trainer = [str(directory / "train_network.py")]
     if not options.full:
         trainer = [str(PROBES / "small_trainer.py"), *trainer]
     arguments = trainer_arguments(settings.mixed_precision, model, output, options)
-    return accelerate_launch.argv(generation, *trainer, *arguments), place
+    return accelerate_launch.argv(generation, *trainer, *arguments), directory
 
 
 def trainer_arguments(precision: str, model: Path, output: Path, options: TrainingStepOptions) -> list[str]:
-    """What sd-scripts' trainer is told; of an option that is repeated it takes the last."""
+    """The options for sd-scripts' trainer; where one is repeated it takes the last."""
     return [
         *("--pretrained_model_name_or_path", str(model / "model")),
         *("--tokenizer_cache_dir", str(model / "tokenizers")),
@@ -229,87 +246,106 @@ def builtin_command(
     )
 
 
-def judge(
-    generation: Generation, finished: ProcessResult, output: Path, log: Path, options: TrainingStepOptions
-) -> Report:
-    """The verdict on a training that ended, each condition a check of its own."""
+def trainer_failed(result: ProcessResult, log: Path, options: TrainingStepOptions) -> Report:
+    """The verdict on a trainer that exited with an error."""
     what = what_ran(options)
-    title = f"Training step: {what}"
-    if finished.returncode:
-        log_search.print_known_failures(finished.tail)
-        ended = Check(
-            "trainer",
-            Status.FAIL,
-            f"ended with {finished.returncode}: {finished.last_line}",
-            f"its log: {log}",
-        )
-        return Report(title, (ended,), {"trainer": what, "log": str(log)})
-    found = inspect(generation, output, options)
-    device = named_device(log)
-    expected = expected_device()
-    finite = all(math.isfinite(loss) for loss in found.losses)
-    pace = f"{found.seconds_per_step:.2f} s per step, " if found.seconds_per_step is not None else ""
+    detail = f"exited with {result.returncode}: {result.last_line}"
+    check = Check("trainer", Status.FAIL, detail, f"its log: {log}")
+    return Report(f"Training step: {what}", (check,), {"trainer": what, "log": str(log)})
+
+
+def judge(result: ProcessResult, lora: TrainedLora, log: Path, options: TrainingStepOptions) -> Report:
+    """The verdict on a trainer that exited with 0; each condition is a check of its own.
+
+    Args:
+        result: how the trainer ended.
+        lora: what it left behind.
+        log: what it printed; the device that it ran on is read from there.
+        options: what was trained.
+    """
+    what, device = what_ran(options), named_device(log)
     checks = (
-        Check("trainer", Status.PASS, f"{what}: exit 0 after {finished.seconds:.0f} s"),
-        Check.of(
-            "losses",
-            len(found.losses) == STEPS and finite,
-            f"{len(found.losses)} of {STEPS} steps: {', '.join(f'{loss:.4f}' for loss in found.losses)}",
-            "every step has to log a finite loss; the log above says what went wrong",
-        ),
-        Check.of(
-            "training device",
-            device == expected,
-            f"the trainer ran on {device or 'a device it did not name'}, expected {expected}",
-            "`invoke configure` writes the accelerate configuration anew; `invoke verify` checks the device",
-        ),
-        Check.of(
-            "saved LoRA",
-            # Not all: the middle block sees one position of a 64 x 64 picture, and attention
-            # of one position to itself has no gradient.
-            2 * found.trained > found.zero_start > 0 and found.finite,
-            f"{found.tensors} tensors, {found.trained} of the {found.zero_start} that start at zero were trained",
-            "the optimizer did not move the weights, or they are not finite",
-        ),
-        Check("pace", Status.PASS, f"{pace}peak memory {format_size(finished.peak_bytes)}"),
+        Check("trainer", Status.PASS, f"{what}: exit 0 after {result.seconds:.0f} s"),
+        _judge_losses(lora, log),
+        _judge_device(device),
+        _judge_weights(lora),
+        _pace(result, lora),
     )
-    return Report(
-        title,
-        checks,
-        {
-            "trainer": what,
-            "kohya_trainer_ran": not options.builtin,
-            "device": device,
-            "losses": found.losses,
-            "seconds_per_step": found.seconds_per_step,
-            "peak_bytes": finished.peak_bytes,
-            "log": str(log),
-        },
+    extra = {
+        "trainer": what,
+        "kohya_trainer_ran": not options.builtin,
+        "device": device,
+        "losses": lora.losses,
+        "seconds_per_step": lora.seconds_per_step,
+        "peak_bytes": result.peak_bytes,
+        "log": str(log),
+    }
+    return Report(f"Training step: {what}", checks, extra)
+
+
+def _judge_losses(lora: TrainedLora, log: Path) -> Check:
+    listed = ", ".join(f"{loss:.4f}" for loss in lora.losses)
+    return Check.of(
+        "losses",
+        len(lora.losses) == STEPS and all(math.isfinite(loss) for loss in lora.losses),
+        f"{len(lora.losses)} of {STEPS} steps: {listed}",
+        f"every step has to log a finite loss; the trainer's log may say why: {log}",
     )
+
+
+def _judge_device(device: str | None) -> Check:
+    expected = expected_device()
+    return Check.of(
+        "training device",
+        device == expected,
+        f"the trainer ran on {device or 'a device it did not name'}, expected {expected}",
+        "`invoke configure` writes the accelerate configuration again; `invoke verify` checks the device",
+    )
+
+
+def _judge_weights(lora: TrainedLora) -> Check:
+    return Check.of(
+        "saved LoRA",
+        # Not all: the middle block sees one position of a 64 x 64 picture, and attention
+        # of one position to itself has no gradient.
+        2 * lora.trained > lora.zero_start > 0 and lora.finite,
+        f"{lora.tensors} tensors, {lora.trained} of the {lora.zero_start} that start at zero were trained",
+        "the optimizer did not change the weights, or they are not finite",
+    )
+
+
+def _pace(result: ProcessResult, lora: TrainedLora) -> Check:
+    pace = f"{lora.seconds_per_step:.2f} s per step, " if lora.seconds_per_step is not None else ""
+    return Check("pace", Status.PASS, f"{pace}peak memory {format_size(result.peak_bytes)}")
 
 
 def inspect(generation: Generation, output: Path, options: TrainingStepOptions) -> TrainedLora:
-    """Losses and LoRA of a finished run, read in the trainer's environment.
+    """Read the losses and the LoRA of a finished run, in the trainer's environment.
 
     Raises:
-        StepFailed: the trainer said it ended well and left no readable LoRA.
+        StepFailed: the trainer exited with 0 but left no readable LoRA or log.
     """
-    marks = NETWORKS[options.network].starts_at_zero
+    pattern = NETWORKS[options.network].starts_at_zero
     try:
         printed = accelerate_launch.probe(
             generation,
             PROBES / "inspect_run.py",
             str(output / "logs"),
             str(output / "lora.safetensors"),
-            marks,
+            pattern,
         )
     except accelerate_launch.ProbeFailed as error:
-        raise StepFailed(f"the trainer ended well but its LoRA or its log cannot be read: {error}") from error
+        raise StepFailed(
+            f"the trainer exited with 0, but its LoRA or its log cannot be read: {error}"
+        ) from error
     return msgspec.json.decode(printed, type=TrainedLora)
 
 
 def named_device(log: Path) -> str | None:
-    """The device that the trainer says it runs on (sd-scripts prints ``accelerator device:``)."""
+    """The type of the device that the trainer ran on, without its index; None when the log has none.
+
+    sd-scripts prints ``accelerator device:``.
+    """
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("accelerator device:"):
             return line.partition(":")[2].strip().partition(":")[0]

@@ -80,7 +80,10 @@ def test_another_message_is_no_full_disk() -> None:
 
 def test_the_commit_is_read_from_a_branch_from_packed_refs_and_from_a_detached_head(tree: Path) -> None:
     assert git.read_head(tree) == head(tree)
-    installs.git(tree, "branch", "other/main")
+    # Another branch, whose name ends in the same way and comes first.
+    installs.git(tree, "checkout", "--quiet", "-b", "a/refs/heads/main")
+    installs.git(tree, "commit", "--quiet", "--allow-empty", "-m", "other")
+    installs.git(tree, "checkout", "--quiet", "main")
     installs.git(tree, "pack-refs", "--all")
     assert not (tree / ".git" / "refs" / "heads" / "main").exists()
     assert git.read_head(tree) == head(tree)

@@ -84,6 +84,18 @@ def test_working_without_an_index_is_told_to_uv(pip_conf: Path) -> None:
     assert package_index.no_index({"PIP_NO_INDEX": "1"})
 
 
+@pytest.mark.parametrize(
+    ("value", "offline"),
+    [("1", True), ("true", True), ("yes", True), ("on", True), ("YES", True), ("0", False), ("false", False),
+     ("no", False), ("off", False)],
+)  # fmt: skip
+def test_every_way_in_which_pip_says_yes_is_understood(value: str, offline: bool, pip_conf: Path) -> None:
+    pip_conf.write_text(f"[global]\nno-index = {value}\n")
+    assert package_index.no_index({}) is offline
+    pip_conf.unlink()
+    assert package_index.no_index({"PIP_NO_INDEX": value}) is offline
+
+
 def test_a_folder_below_the_users_home_is_found(pip_conf: Path, tmp_path: Path) -> None:
     assert told(PIP_FIND_LINKS="~/wheels")["UV_FIND_LINKS"] == str(tmp_path / "user" / "wheels")
 

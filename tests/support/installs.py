@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from kohya_mps.core.settings import Forbidden, Profile, Settings
+from kohya_mps.install.generations import Generation
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -87,6 +88,17 @@ def make_upstream(root: Path, submodule_url: str | None = None) -> Upstream:
         (kohya_ss / "docs").mkdir(exist_ok=True)
         (kohya_ss / "docs" / "Größe 1.txt").write_text("only in the new commit\n")
     return Upstream(kohya_ss, sd_scripts, commits[0], old_sd_scripts, commits[1], new_sd_scripts)
+
+
+def stand_in_python(generation: Generation, source: str) -> None:
+    """Make a generation whose interpreter runs this program, whatever it is asked to run.
+
+    It gets the command line of the real one: ``sys.argv[1:]`` has the options, the script
+    and its arguments.
+    """
+    generation.python.parent.mkdir(parents=True, exist_ok=True)
+    generation.python.write_text(f"#!{sys.executable}\n{source}")
+    generation.python.chmod(0o755)
 
 
 def make_profile(lock: str = "none") -> Profile:
