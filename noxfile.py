@@ -173,6 +173,6 @@ def rehearse_data(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def chaos(session: nox.Session) -> None:
     """Kill, starve and damage set-ups, and see that one rerun mends each [-- --help]."""
-    from devtools import chaos
+    from devtools.chaos import faults
 
-    posargs.run(session.posargs, chaos.parse_options, lambda options: chaos.run(settings.load(), options))
+    posargs.run(session.posargs, faults.parse_options, lambda options: faults.run(settings.load(), options))

@@ -17,46 +17,45 @@ from kohya_mps.install import generations, inventory
 from .testbed import REBUILD, SMALL, Attempts, Row, Testbed, expect
 
 
-def checkout_damaged(place: Testbed) -> Row:
-    """Objects of the checkout that cannot be read, with a file that the user changed."""
-    row = Attempts("corrupted object in the checkout")
-    place.install()
-    for tree in (place.home.root, place.home.sd_scripts):
+def checkout_damaged(testbed: Testbed) -> Row:
+    """Make objects of the checkout unreadable while a file of it has a change of the user's."""
+    attempts = Attempts("corrupted object in the checkout", testbed)
+    testbed.install()
+    for tree in (testbed.home.root, testbed.home.sd_scripts):
         for what, damage in DAMAGES.items():
-            with row.attempt(f"{tree.name}: {what}", place):
-                place.install()
-                _survives_damage(place, tree, damage)
-    return row.done(
-        "kohya_ss and sd-scripts, each with a file that the user changed: it is never written over, and named "
+            with attempts.attempt(f"{tree.name}: {what}"):
+                testbed.install()
+                _assert_survives(testbed, tree, damage)
+    return attempts.done(
+        "kohya_ss and sd-scripts, each with a file that the user changed: it is never overwritten, and named "
         "until --stash puts it away; then the set-up ends good and the stash holds the change"
     )
 
 
-def _survives_damage(place: Testbed, tree: Path, damage: Callable[[Path], object]) -> None:
+def _assert_survives(testbed: Testbed, tree: Path, damage: Callable[[Path], object]) -> None:
     listed = capture(["git", "-C", tree, "ls-files", "*.py"]).stdout.split()
-    mine, beside = tree / listed[0], tree / "my-model.safetensors"
+    mine, untracked = tree / listed[0], tree / "my-model.safetensors"
     changed = mine.read_bytes() + b"\n# mine\n"
     mine.write_bytes(changed)
-    beside.write_bytes(b"mine")
+    untracked.write_bytes(b"mine")
     damage(tree)
-    ran, report = place.told("setup", "--no-train-step")
-    expect(mine.read_bytes() == changed, f"{listed[0]} was written over: {ran.said}")
-    row = next((check for check in report.checks if check.name == "checkout"), None)
+    ran, report = testbed.report("setup", "--no-train-step")
+    expect(mine.read_bytes() == changed, f"{listed[0]} was overwritten: {ran.last_lines}")
+    row = report.check("checkout")
     named = row is not None and row.status is Status.FAIL and listed[0] in row.detail
-    expect(ran.code == 1 and named, f"the changed file was not named ({ran.code}): {ran.said}")
-    ran = place.invoke("setup", "--no-train-step", "--stash")
-    expect(ran.code == 0, f"with --stash it ended with {ran.code}: {ran.said}")
+    expect(ran.code == 1 and named, f"the changed file was not named ({ran.code}): {ran.last_lines}")
+    testbed.invoke("setup", "--no-train-step", "--stash").assert_code(0, "with --stash it")
     stashed = capture(["git", "-C", tree, "stash", "show", "--patch"]).stdout
     expect("+# mine" in stashed, "the stash does not hold the change")
-    expect(beside.read_bytes() == b"mine", "the user's own file is gone")
-    place.assert_recovers()
-    beside.unlink()
+    expect(untracked.read_bytes() == b"mine", "the user's own file is gone")
+    testbed.assert_recovers()
+    untracked.unlink()
     for aside in tree.glob(".git.damaged*"):
         shutil.rmtree(aside)
 
 
 def cut_pack(tree: Path) -> None:
-    """Cut the largest pack of a repository in half; the objects of one without packs, each of them."""
+    """Cut the largest pack of a repository in half, or each object where there is no pack."""
     packs = sorted((tree / ".git" / "objects" / "pack").glob("*.pack"), key=lambda path: path.stat().st_size)
     for path in packs[-1:] or [p for p in (tree / ".git" / "objects").glob("??/*") if p.is_file()]:
         path.chmod(0o644)
@@ -64,7 +63,7 @@ def cut_pack(tree: Path) -> None:
 
 
 def loose_object(tree: Path, name: str) -> Path:
-    """The file of an object; packs are unpacked so that it has one."""
+    """The file of an object; packs are unpacked first, so that it has one."""
     objects = tree / ".git" / "objects"
     number = capture(["git", "-C", tree, "rev-parse", name]).stdout.strip()
     for pack in (objects / "pack").glob("*.pack"):
@@ -79,7 +78,7 @@ def loose_object(tree: Path, name: str) -> Path:
 
 
 def zero_object(tree: Path, name: str) -> None:
-    """What a power cut leaves of a file that was never flushed: its name, and no bytes."""
+    """Empty an object, as a power cut leaves a file that was never flushed."""
     path = loose_object(tree, name)
     path.chmod(0o644)
     os.truncate(path, 0)
@@ -101,85 +100,81 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def file_deleted(place: Testbed) -> Row:
-    """Files that are gone from the active environment."""
-    row = Attempts("deleted file in the environment")
+def file_deleted(testbed: Testbed) -> Row:
+    """Delete files of the active environment."""
+    attempts = Attempts("deleted file in the environment", testbed)
     for name in ("torch/nn/functional.py", "accelerate/accelerator.py", "einops-*.dist-info/METADATA"):
-        with row.attempt(name, place):
-            place.install()
-            active = place.active()
+        with attempts.attempt(name):
+            testbed.install()
+            active = testbed.active()
             next(inventory.site_packages(active.venv).glob(name)).unlink()
-            ran, report = place.told("status")
+            ran, report = testbed.report("status")
             expect(ran.code == 1 and not report.ok, "status does not see it")
-            place.assert_recovers()
-            place.active_is_whole()
-    return row.done("status sees it; one set-up ends good")
+            testbed.assert_recovers()
+            testbed.active_is_whole()
+    return attempts.done("status sees it; one set-up ends good")
 
 
-def file_edited(place: Testbed) -> Row:
-    """Files of the active environment that were edited in place, and with them uv's cache behind the link."""
-    row = Attempts("edited file in the environment")
-    variables = {"UV_CACHE_DIR": str(place.root / "own-cache")}
+def file_edited(testbed: Testbed) -> Row:
+    """Edit files of the active environment in place, and with them uv's cache behind the link."""
+    attempts = Attempts("edited file in the environment", testbed)
+    variables = {"UV_CACHE_DIR": str(testbed.root / "own-cache")}
     edits: dict[str, Callable[[Path], object]] = {
         "a line appended": lambda path: path.write_bytes(path.read_bytes() + b"raise SystemExit\n"),
         "a byte changed": lambda path: path.write_bytes(b"?" + path.read_bytes()[1:]),
         "emptied": lambda path: path.write_bytes(b""),
     }
     for what, edit in edits.items():
-        with row.attempt(what, place):
-            ran = place.python(REBUILD, **variables)
-            expect(ran.code == 0, f"no environment to try this on: {ran.said}")
-            before = place.active()
+        with attempts.attempt(what):
+            testbed.python(REBUILD, **variables).assert_code(0, "the build before the edit")
+            before = testbed.active()
             edited = inventory.site_packages(before.venv) / "einops" / "__init__.py"
             linked = edited.stat().st_nlink > 1
             edit(edited)
-            ran = place.python(REBUILD, **variables)
-            expect(ran.code == 0, f"the rerun ended with {ran.code}: {ran.said}")
-            place.active_is_whole()
-            active = place.active()
+            testbed.python(REBUILD, **variables).assert_code(0, "the rerun")
+            testbed.active_is_whole()
+            active = testbed.active()
             bad = inventory.damaged(active.venv, SMALL)
-            expect(not bad, f"the new environment has the edit, out of uv's cache (linked: {linked}): {bad}")
+            expect(not bad, f"the edit came back from uv's cache (linked: {linked}): {bad}")
             started = capture([active.python, "-c", "import einops"])
             expect(started.returncode == 0, f"the edited package does not import: {started.stderr.strip()}")
-            place.assert_no_leftovers()
-    place.remove()
-    shutil.rmtree(place.root / "own-cache", ignore_errors=True)
-    return row.done(
+            testbed.assert_no_leftovers()
+    testbed.remove()
+    shutil.rmtree(testbed.root / "own-cache", ignore_errors=True)
+    return attempts.done(
         f"`nox -s venv`'s step with a stand-in lock ({', '.join(SMALL)}) and a uv cache of its own: every file of "
         "the new environment has the digest of its wheel"
     )
 
 
-def lock_wrong(place: Testbed) -> Row:
-    """A lock with a digest that no wheel has."""
-    row = Attempts("wrong hash in the lock")
+def lock_wrong(testbed: Testbed) -> Row:
+    """Write a digest into the lock that no wheel has."""
+    attempts = Attempts("wrong hash in the lock", testbed)
     for package in ("einops", "accelerate"):
-        with row.attempt(package, place):
-            place.install()
-            before = generations.active(place.home)
-            good = place.lock.read_text(encoding="utf-8")
-            place.lock.write_text(wrong_digest(good, package), encoding="utf-8")
+        with attempts.attempt(package):
+            testbed.install()
+            before = generations.active(testbed.home)
+            good = testbed.lock.read_text(encoding="utf-8")
+            testbed.lock.write_text(wrong_digest(good, package), encoding="utf-8")
             try:
-                ran, _ = place.told("setup", "--no-train-step")
+                ran, _ = testbed.report("setup", "--no-train-step")
             finally:
-                place.lock.write_text(good, encoding="utf-8")
-            expect(ran.code == 1, f"ended with {ran.code}: {ran.said}")
-            expect(
-                place.lock.name in ran.out and package in ran.err,
-                f"names neither lock nor package: {ran.said}",
-            )
-            expect(generations.active(place.home) == before, "another environment is active")
-            place.active_passes_smoke()
-            place.assert_no_leftovers()
-            place.assert_recovers()
-    return row.done(
+                testbed.lock.write_text(good, encoding="utf-8")
+            ran.assert_code(1)
+            named = testbed.lock.name in ran.out and package in ran.err
+            expect(named, f"does not name lock and package: {ran.last_lines}")
+            expect(generations.active(testbed.home) == before, "another environment is active")
+            testbed.active_passes_smoke()
+            testbed.assert_no_leftovers()
+            testbed.assert_recovers()
+    return attempts.done(
         "exit 1, lock and package named, the environment before it active and through the smoke check; with the "
         "lock restored the set-up ends good"
     )
 
 
 def wrong_digest(lock: str, package: str) -> str:
-    """A lock's text with one package's digests made wrong."""
+    """The text of a lock in which one package's digests are wrong."""
     pin = re.search(rf"^{package}==.*(?:(?<=\\)\n.*)*", lock, flags=re.MULTILINE)
     assert pin, package
     wrong = re.sub(
@@ -188,34 +183,33 @@ def wrong_digest(lock: str, package: str) -> str:
     return lock[: pin.start()] + wrong + lock[pin.end() :]
 
 
-def clock_back(place: Testbed) -> Row:
-    """A clock that was a day ahead and was set back: everything that was written lies in the future."""
-    row = Attempts("clock set back")
-    with row.attempt("a day", place):
-        place.install()
-        _into_the_future(place.home.state)
-        before = generations.active(place.home)
-        place.assert_recovers()
-        expect(generations.active(place.home) == before, "it was built again")
-        place.new_lock()
-        place.assert_recovers()
-        after = generations.active(place.home)
+def clock_back(testbed: Testbed) -> Row:
+    """Set back a clock that was a day ahead: everything that was written is in the future."""
+    attempts = Attempts("clock set back", testbed)
+    with attempts.attempt("a day"):
+        testbed.install()
+        _move_a_day_ahead(testbed.home.state)
+        before = generations.active(testbed.home)
+        testbed.assert_recovers()
+        expect(generations.active(testbed.home) == before, "it was built again")
+        testbed.new_lock()
+        testbed.assert_recovers()
+        after = generations.active(testbed.home)
         expect(after != before, "the new lock was not built")
-        for wanted, what in ((before, "rollback"), (after, "rollback of the rollback")):
-            ran = place.invoke("rollback")
-            expect(ran.code == 0, f"{what} ended with {ran.code}: {ran.said}")
-            expect(generations.active(place.home) == wanted, f"{what} went elsewhere")
-            place.assert_healthy()
-    return row.done(
+        for expected, what in ((before, "rollback"), (after, "rollback of the rollback")):
+            testbed.invoke("rollback").assert_code(0, what)
+            expect(generations.active(testbed.home) == expected, f"{what} went elsewhere")
+            testbed.assert_healthy()
+    return attempts.done(
         "nothing is rebuilt; a rebuild becomes active, rollback goes back and forth between the two"
     )
 
 
-def _into_the_future(directory: Path) -> None:
+def _move_a_day_ahead(directory: Path) -> None:
     """Move the times of what this project writes a day ahead.
 
-    Not those inside the environments: a clock that is set back does not change them, and the
-    manifest has them as they are; uv's cache links to most of those files besides.
+    Times inside the environments stay: a clock that is set back does not change them, and the
+    manifest records them; uv's cache also links to most of those files.
     """
     day = 24 * 3600 * 10**9
     for path in (directory, *directory.rglob("*")):

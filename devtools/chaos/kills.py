@@ -10,7 +10,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -27,7 +27,7 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class Timeline(msgspec.Struct, frozen=True):
-    """When a run that was left alone announced its steps, and its end; seconds after its start."""
+    """When an undisturbed run announced its steps and ended, in seconds after its start."""
 
     steps: tuple[float, ...]
     end: float
@@ -37,26 +37,26 @@ class Timeline(msgspec.Struct, frozen=True):
 
         Most of the time goes to importing torch; most of what can break happens in the rest.
         """
-        shaken = random.Random(count)  # noqa: S311 -- the same kills for the same count
+        shuffled = random.Random(count)  # noqa: S311 -- the same kills for the same count
         bounds = [0.0, *self.steps, self.end]
         by_time, by_step = (count + 1) // 2, count // 2
         found = []
         for n in range(by_time):
-            at = self.end * (n + shaken.random()) / by_time
+            at = self.end * (n + shuffled.random()) / by_time
             step = bisect.bisect_right(bounds, at) - 1
             found.append(Moment(step, at - bounds[step]))
         for n in range(by_step):
-            where = (len(bounds) - 1) * (n + shaken.random()) / by_step
+            where = (len(bounds) - 1) * (n + shuffled.random()) / by_step
             step = int(where)
             found.append(Moment(step, (where - step) * (bounds[step + 1] - bounds[step])))
         return sorted(found, key=lambda moment: (moment.step, moment.seconds))
 
 
-def reference(place: Testbed) -> Timeline:
+def reference(testbed: Testbed) -> Timeline:
     """Measure a run from its start to its end."""
     began = time.monotonic()
     steps, lines = [], []
-    with place.start(*place.whole) as process:
+    with testbed.start(*testbed.setup_command) as process:
         assert process.stderr and process.stdout
         for line in process.stderr:
             lines.append(line)
@@ -64,12 +64,13 @@ def reference(place: Testbed) -> Timeline:
                 steps.append(time.monotonic() - began)
         out = process.stdout.read()
         code = process.wait()
-    expect(code == 0, f"a run that was left alone failed: {Ran(code, out, ''.join(lines), 0).said}")
-    return Timeline(tuple(steps), time.monotonic() - began)
+    ran = Ran(code, out, "".join(lines), time.monotonic() - began)
+    ran.assert_code(0, "an undisturbed run")
+    return Timeline(tuple(steps), ran.seconds)
 
 
 def kill(process: subprocess.Popen[str], moment: Moment) -> bool:
-    """Kill a run at a moment: the one process alone, as a system short of memory does.
+    """Kill a run at a moment: its first process alone, as a system without memory does.
 
     Returns:
         Whether it was still running.
@@ -105,83 +106,98 @@ def kill(process: subprocess.Popen[str], moment: Moment) -> bool:
     return alive
 
 
-def kills_fresh(place: Testbed, count: int) -> Row:
+def kills_fresh(testbed: Testbed, count: int) -> Row:
     """Kill the first set-up of a home."""
-    place.remove()
-    line = reference(place)
-    row = Attempts("kill, fresh install")
-    ended_first = 0
-    for moment in line.moments(count):
-        with row.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}", place):
-            place.remove()
-            ended_first += not kill(place.start(*place.whole), moment)
-            if os.path.lexists(place.home.venv):
-                place.active_is_whole()
-            place.assert_recovers()
-    return row.done(
-        f"{_what_ran(place)} of {line.end:.0f} s, half of the kills evenly over its time, half evenly over its "
-        f"steps{_ended(ended_first)}; then no environment or a whole one, one rerun without the training step, "
-        "status, processes and files left behind"
+
+    def assert_nothing_half_built() -> None:
+        if os.path.lexists(testbed.home.venv):
+            testbed.active_is_whole()
+
+    attempts = Attempts("kill, fresh install", testbed)
+    killed = _kill_each(attempts, testbed, count, testbed.remove, assert_nothing_half_built)
+    return attempts.done(
+        f"{killed}, half of the kills evenly over its time, half evenly over its steps; then no environment or a "
+        "whole one, one rerun without the training step, status, processes and files left behind"
     )
 
 
-def kills_rebuild(place: Testbed, count: int) -> Row:
+def kills_rebuild(testbed: Testbed, count: int) -> Row:
     """Kill the set-up that replaces an environment."""
-    place.install()
-    place.new_lock()
-    line = reference(place)
-    row = Attempts("kill, rebuild")
-    ended_first = 0
-    for moment in line.moments(count):
-        with row.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}", place):
-            place.install()
-            place.new_lock()
-            ended_first += not kill(place.start(*place.whole), moment)
-            place.active_passes_smoke()
-            place.assert_recovers()
-    with row.attempt("a whole set-up after all kills", place):
-        place.new_lock()
-        ran = place.invoke(*place.whole)
-        expect(ran.code == 0, f"ended with {ran.code}: {ran.said}")
-        left = list(place.home.verification.glob("models/*.unfinished"))
+
+    def need_a_rebuild() -> None:
+        testbed.install()
+        testbed.new_lock()
+
+    attempts = Attempts("kill, rebuild", testbed)
+    killed = _kill_each(attempts, testbed, count, need_a_rebuild, testbed.active_passes_smoke)
+    with attempts.attempt("a whole set-up after all kills"):
+        testbed.new_lock()
+        testbed.invoke(*testbed.setup_command).assert_code(0)
+        left = list(testbed.home.verification.glob("models/*.unfinished"))
         expect(not left, f"unfinished models are left: {left}")
-        place.assert_healthy()
-    return row.done(
-        f"{_what_ran(place)} of {line.end:.0f} s, spread as above{_ended(ended_first)}; then the smoke check in "
-        "the environment before it (every time), one rerun, status, processes and files left behind; at the end "
-        "one whole set-up"
+        testbed.assert_healthy()
+    return attempts.done(
+        f"{killed}, spread as for a fresh install; then the smoke check in the environment before it (every "
+        "time), one rerun, status, processes and files left behind; at the end one whole set-up"
     )
 
 
-def _what_ran(place: Testbed) -> str:
-    return "invoke setup" if place.real else "invoke setup --no-train-step (no real kohya_ss)"
+def _kill_each(
+    attempts: Attempts,
+    testbed: Testbed,
+    count: int,
+    prepare: Callable[[], None],
+    assert_survived: Callable[[], None],
+) -> str:
+    """Kill a set-up at moments that are spread over its whole run.
+
+    Args:
+        attempts: counts the kills.
+        testbed: where it runs.
+        count: how many kills.
+        prepare: comes before each run, and before the one that is measured.
+        assert_survived: comes after each kill, before the rerun.
+
+    Returns:
+        What was killed, for the report.
+    """
+    prepare()
+    timeline = reference(testbed)
+    ended_first = 0
+    for moment in timeline.moments(count):
+        with attempts.attempt(f"killed {moment.seconds:.2f} s into step {moment.step}"):
+            prepare()
+            ended_first += not kill(testbed.start(*testbed.setup_command), moment)
+            assert_survived()
+            testbed.assert_recovers()
+    command = " ".join(("invoke", *testbed.setup_command)) + ("" if testbed.real else " (no real kohya_ss)")
+    ended = f" ({ended_first} ended before they were killed)" if ended_first else ""
+    return f"{command} of {timeline.end:.0f} s{ended}"
 
 
-def _ended(count: int) -> str:
-    return f" ({count} ended before they were killed)" if count else ""
-
-
-def pairs(place: Testbed, count: int) -> Row:
-    """Two runs that are started together on one home."""
-    row = Attempts("two runs together")
+def pairs(testbed: Testbed, count: int) -> Row:
+    """Start two runs together on one home."""
+    attempts = Attempts("two runs together", testbed)
     both = 0
     for n in range(count):
-        with row.attempt(f"pair {n + 1}", place):
+        with attempts.attempt(f"pair {n + 1}"):
             if n == 0:
-                place.remove()
+                testbed.remove()
             else:
-                place.install()
-                active = place.active()
+                testbed.install()
+                active = testbed.active()
                 active.accelerate_config.unlink()  # so that there is something to do
-            two = [place.start("setup", "--no-train-step") for _ in range(2)]
-            said = [process.communicate()[1] for process in two]
+            two = [testbed.start("setup", "--no-train-step") for _ in range(2)]
+            errors = [process.communicate()[1] for process in two]
             codes = [process.returncode for process in two]
             both += codes == [0, 0]
-            expect(sorted(codes) in ([0, 0], [0, 3]), f"they ended with {codes}: {said}")
+            expect(sorted(codes) in ([0, 0], [0, 3]), f"they ended with {codes}: {errors}")
             if 3 in codes:
                 busy = codes.index(3)
-                expect(f"process {two[1 - busy].pid}" in said[busy], f"the other is not named: {said[busy]}")
-            place.assert_healthy()
-    return row.done(
+                expect(
+                    f"process {two[1 - busy].pid}" in errors[busy], f"the other is not named: {errors[busy]}"
+                )
+            testbed.assert_healthy()
+    return attempts.done(
         f"exit codes 0 and 3, the other's process id named ({both} times 0 and 0, one after the other); then status"
     )

@@ -1,4 +1,4 @@
-"""Servers that stop answering, at once or half-way."""
+"""Servers that stop answering, at once or in the middle."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from kohya_mps.core.report import Status
 
 from .testbed import STALL_SECONDS, Attempts, CannotTry, Row, Testbed, expect
 
-#: A package index may be silent for this long in the tries that need one, in seconds, twice.
+#: How long uv waits for a silent package index, in seconds; it tries twice.
 INDEX_SECONDS = 2
 
-#: How long a checkout may take that meets such silence, on a busy machine, in seconds.
+#: How long a checkout may take with a silent server, on a busy machine, in seconds.
 GIVEN_UP_SECONDS = STALL_SECONDS * 2 + 10
 
 #: What a server does with one connection.
@@ -62,18 +62,18 @@ def _quietly(answer: Answer, connection: socket.socket) -> None:
 
 
 def silence(_connection: socket.socket) -> None:
-    """Say nothing, and keep the line open."""
+    """Send nothing, and keep the connection open."""
 
 
 def half_a_page(connection: socket.socket) -> None:
-    """Begin to answer a request over HTTP, and stop in the middle."""
+    """Begin to answer an HTTP request, and stop in the middle."""
     connection.recv(65536)
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 100000\r\n\r\n"
     connection.sendall(head + b"<!DOCTYPE html><html><body>")
 
 
 class Relay:
-    """Passes on what a server sends until ``limit`` bytes, then says nothing more."""
+    """Forwards what a server sends up to ``limit`` bytes, and then nothing more."""
 
     def __init__(self, port: int) -> None:
         self.port, self.limit, self.passed = port, sys.maxsize, 0
@@ -82,12 +82,14 @@ class Relay:
         """Serve one connection."""
         with socket.create_connection(("127.0.0.1", self.port)) as server:
 
-            def ask() -> None:
-                while asked := connection.recv(65536):
-                    server.sendall(asked)
+            def forward_requests() -> None:
+                while request := connection.recv(65536):
+                    server.sendall(request)
 
-            threading.Thread(target=_quietly, args=(lambda _: ask(), connection), daemon=True).start()
-            while (room := self.limit - self.passed) > 0 and (piece := server.recv(min(room, 4096))):
+            threading.Thread(
+                target=_quietly, args=(lambda _: forward_requests(), connection), daemon=True
+            ).start()
+            while (left := self.limit - self.passed) > 0 and (piece := server.recv(min(left, 4096))):
                 connection.sendall(piece)
                 self.passed += len(piece)
             if self.passed < self.limit:
@@ -126,51 +128,51 @@ def git_server(repository: Path) -> Iterator[int]:
                 os.killpg(server.pid, signal.SIGTERM)
 
 
-def network_git(place: Testbed) -> Row:
-    """A git server that stops answering: at once, and at several points of a download."""
-    row = Attempts("network stalls, git")
-    with row.attempt("says nothing at all", place), serving(silence) as port:
-        _stalled_checkout(place, f"http://127.0.0.1:{port}/x.git")
-    place.install()
-    source = place.root / "served.git"
-    copied = capture(["git", "clone", "--quiet", "--bare", place.home.root, source])
-    kept = capture(["git", "-C", source, "branch", "--force", "served", place.environ["KOHYA_COMMIT"]])
+def network_git(testbed: Testbed) -> Row:
+    """Have the git server stop answering: at once, and at several points of a download."""
+    attempts = Attempts("network stalls, git", testbed)
+    with attempts.attempt("says nothing at all"), serving(silence) as port:
+        _stalled_checkout(testbed, f"http://127.0.0.1:{port}/x.git")
+    testbed.install()
+    source = testbed.root / "served.git"
+    copied = capture(["git", "clone", "--quiet", "--bare", testbed.home.root, source])
+    kept = capture(["git", "-C", source, "branch", "--force", "served", testbed.environ["KOHYA_COMMIT"]])
     expect(copied.returncode == 0 == kept.returncode, f"nothing to serve: {copied.stderr}{kept.stderr}")
     with git_server(source) as upstream:
         relay = Relay(upstream)
         with serving(relay) as port:
             url = f"git://127.0.0.1:{port}/{source.name}"
-            place.remove()
-            ran = place.invoke("clone", KOHYA_REPO_URL=url)
-            expect(relay.passed, f"the relay was not asked: {ran.said}")
+            testbed.remove()
+            ran = testbed.invoke("clone", KOHYA_REPO_URL=url)
+            expect(relay.passed, f"the relay saw no request: {ran.last_lines}")
             whole = relay.passed
             for share in (0.02, 0.5, 0.95):
-                with row.attempt(f"says nothing after {share:.0%} of {whole / 1e3:.0f} kB", place):
+                with attempts.attempt(f"says nothing after {share:.0%} of {whole / 1e3:.0f} kB"):
                     relay.limit, relay.passed = int(whole * share), 0
-                    _stalled_checkout(place, url)
+                    _stalled_checkout(testbed, url)
     shutil.rmtree(source)
-    return row.done(
+    return attempts.done(
         f"silence allowed for {STALL_SECONDS:g} s: exit 1, the checkout step over within {GIVEN_UP_SECONDS:g} s, the "
         "address named, environment, configuration and smoke "
         "check done; the rerun with the network ends good"
     )
 
 
-def _stalled_checkout(place: Testbed, url: str) -> None:
-    place.remove()
-    ran, report = place.told("setup", "--no-train-step", KOHYA_REPO_URL=url)
-    row = next((check for check in report.checks if check.name == "checkout"), None)
-    expect(ran.code == 1 and row and row.status is Status.FAIL, f"ended with {ran.code}: {ran.said}")
+def _stalled_checkout(testbed: Testbed, url: str) -> None:
+    testbed.remove()
+    ran, report = testbed.report("setup", "--no-train-step", KOHYA_REPO_URL=url)
+    row = report.check("checkout")
+    expect(ran.code == 1 and row and row.status is Status.FAIL, f"ended with {ran.code}: {ran.last_lines}")
     expect(row and url in row.detail, f"does not name the address: {row}")
     took = report.seconds.get("checkout", 0.0)
     expect(took < GIVEN_UP_SECONDS, f"the checkout took {took:.0f} s to fail")
     for name in ("environment", "configuration", "smoke check"):
         expect(report.status(name) is Status.PASS, f"{name} was not done: {report.status(name)}")
-    place.assert_recovers()
+    testbed.assert_recovers()
 
 
 def only_index(port: int) -> dict[str, str]:
-    """The variables with which uv asks the server at ``port`` and nothing else, and gives up soon."""
+    """The variables with which uv uses only the index at ``port``, and gives up soon."""
     return {
         "UV_DEFAULT_INDEX": f"http://127.0.0.1:{port}/simple/",
         "UV_HTTP_TIMEOUT": str(INDEX_SECONDS),
@@ -183,24 +185,24 @@ def only_index(port: int) -> dict[str, str]:
     }
 
 
-def network_index(place: Testbed) -> Row:
-    """A package index that stops answering, with nothing in uv's cache."""
-    row = Attempts("network stalls, package index")
+def network_index(testbed: Testbed) -> Row:
+    """Have the package index stop answering while uv's cache is empty."""
+    attempts = Attempts("network stalls, package index", testbed)
     for what, answer in (("says nothing at all", silence), ("stops in the middle of a page", half_a_page)):
-        with row.attempt(what, place), serving(answer) as port:
-            place.remove()
-            empty = place.root / "empty-cache"
+        with attempts.attempt(what), serving(answer) as port:
+            testbed.remove()
+            empty = testbed.root / "empty-cache"
             variables = only_index(port)
-            ran, report = place.told("setup", "--no-train-step", UV_CACHE_DIR=str(empty), **variables)
-            expect(ran.code == 1, f"ended with {ran.code}: {ran.said}")
+            ran, report = testbed.report("setup", "--no-train-step", UV_CACHE_DIR=str(empty), **variables)
+            ran.assert_code(1)
             failed = report.status("environment") is Status.FAIL and report.status("checkout") is Status.PASS
-            expect(failed, f"not the environment alone failed: {ran.said}")
+            expect(failed, f"not the environment alone failed: {ran.last_lines}")
             took = report.seconds.get("environment", 0.0)
             expect(took < INDEX_SECONDS * 20, f"the environment took {took:.0f} s to fail")
-            expect(not os.path.lexists(place.home.venv), "something half-built is active")
-            place.assert_no_leftovers()
-            place.assert_recovers()
+            expect(not os.path.lexists(testbed.home.venv), "something half-built is active")
+            testbed.assert_no_leftovers()
+            testbed.assert_recovers()
             shutil.rmtree(empty, ignore_errors=True)
-    return row.done(
+    return attempts.done(
         "an empty cache: exit 1 in time, the checkout done, nothing half-built; the rerun with the network ends good"
     )

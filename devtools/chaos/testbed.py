@@ -1,4 +1,4 @@
-"""Where faults are tried: a copy of the project with one installation, and what is looked at after each."""
+"""Where faults are tried: a copy of the project with one installation, and what is checked after each."""
 
 from __future__ import annotations
 
@@ -45,63 +45,74 @@ cli.run_task(lambda: smoke_check.run(chosen, generations.active(installation.Ins
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One fault: how often it was tried, how often that was survived, what was looked at.
+    """One fault: how often it was tried, how often it was survived, and what was checked each time.
 
-    ``fell`` says what went wrong in each try that was not survived, ``skipped`` why there was none.
+    ``failures`` says what went wrong in each try that was not survived; ``skipped`` says why there
+    was no try. The JSON has older names for two of them.
     """
 
     fault: str
     tries: int
     survived: int
-    looked_at: str
-    fell: tuple[str, ...] = ()
+    checked: str = msgspec.field(name="looked_at")
+    failures: tuple[str, ...] = msgspec.field(name="fell", default=())
     skipped: str = ""
 
     def check(self) -> Check:
         """The fault as a row of the report."""
         if self.skipped:
             return Check(self.fault, Status.SKIP, self.skipped)
-        lines = [f"tries {self.tries}, survived {self.survived}: {self.looked_at}", *self.fell]
+        lines = [f"tries {self.tries}, survived {self.survived}: {self.checked}", *self.failures]
         return Check.of(self.fault, self.survived == self.tries > 0, "\n".join(lines))
 
 
 class Ran(msgspec.Struct, frozen=True):
-    """How a command of ours ended: its exit code, what it printed, and how long it took in seconds."""
+    """How one of our commands ended: its exit code, its output, and how long it took in seconds."""
 
     code: int
     out: str
     err: str
     seconds: float
 
+    def assert_code(self, code: int, what: str = "it") -> None:
+        """Raise :class:`NotSurvived` unless it ended with this exit code."""
+        expect(self.code == code, f"{what} ended with {self.code}: {self.last_lines}")
+
     @property
-    def said(self) -> str:
-        """The end of what it told, for the report of a try that was not survived."""
+    def last_lines(self) -> str:
+        """The end of its output, for the report of a try that was not survived."""
         return " | ".join(line.strip() for line in (self.err + self.out).strip().splitlines()[-6:])
 
 
-class _Told(msgspec.Struct, frozen=True):
-    """What a report as JSON says, as far as it is looked at here."""
+class _JsonReport(msgspec.Struct, frozen=True):
+    """The parts of a report as JSON that the faults need."""
 
     ok: bool
     checks: tuple[Check, ...]
     seconds: dict[str, float] = {}
 
+    def check(self, name: str) -> Check | None:
+        """A check by its name; None where the report does not have it."""
+        return next((check for check in self.checks if check.name == name), None)
+
     def status(self, name: str) -> Status | None:
-        return next((check.status for check in self.checks if check.name == name), None)
+        """The status of a check; None where the report does not have it."""
+        found = self.check(name)
+        return found.status if found else None
 
 
 class NotSurvived(Exception):
-    """A try was not survived, and how."""
+    """A try was not survived; the message says how."""
 
 
 class CannotTry(Exception):
-    """This machine does not allow the fault, and why."""
+    """This machine does not allow the fault; the message says why."""
 
 
-def expect(good: object, what: str) -> None:
-    """Raise :class:`Fell` unless ``good``."""
+def expect(good: object, otherwise: str) -> None:
+    """Raise :class:`NotSurvived` unless ``good``."""
     if not good:
-        raise NotSurvived(what)
+        raise NotSurvived(otherwise)
 
 
 class Testbed:
@@ -116,21 +127,10 @@ class Testbed:
         self.real = real
         self.temporary = root / "tmp"
         self.temporary.mkdir()
-        for name in ("kohya_mps", "config", "constraints"):
-            shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "tasks.py", self.project)
+        self._copy_project()
         self.profile = settings.profile
         lock = settings.profile.lock_file
         self.use_lock(lock.stem, lock.read_text(encoding="utf-8"))
-        chosen = self.project / "config" / "settings.yaml"
-        text, count = re.subn(
-            r"^network_stall_seconds: .*$",
-            f"network_stall_seconds: {STALL_SECONDS}",
-            chosen.read_text(encoding="utf-8"),
-            flags=re.MULTILINE,
-        )
-        assert count == 1
-        chosen.write_text(text, encoding="utf-8")
         self.environ = {
             **os.environ,
             "KOHYA_HOME": str(self.home.root),
@@ -144,9 +144,23 @@ class Testbed:
             allow = ("GIT_CONFIG_COUNT", "1"), ("GIT_CONFIG_KEY_0", "protocol.file.allow")
             self.environ |= dict(allow) | {"GIT_CONFIG_VALUE_0": "always"}
 
+    def _copy_project(self) -> None:
+        for name in ("kohya_mps", "config", "constraints"):
+            shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "tasks.py", self.project)
+        path = self.project / "config" / "settings.yaml"
+        text, count = re.subn(
+            r"^network_stall_seconds: .*$",
+            f"network_stall_seconds: {STALL_SECONDS}",
+            path.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
+        )
+        assert count == 1
+        path.write_text(text, encoding="utf-8")
+
     @property
-    def whole(self) -> tuple[str, ...]:
-        """The command that a user types; a stand-in for kohya_ss has no trainer to run."""
+    def setup_command(self) -> tuple[str, ...]:
+        """What a user types behind ``invoke``; a stand-in for kohya_ss has no trainer to run."""
         return ("setup",) if self.real else ("setup", "--no-train-step")
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -178,46 +192,48 @@ class Testbed:
         )
 
     def use_lock(self, name: str, text: str) -> None:
-        """Write a lock into the copy and take it for the one that faults change."""
+        """Write a lock into the copy; faults change this one from now on."""
         self.lock = self.project / "constraints" / f"{name}.txt"
         self._pristine, self._editions = text, 0
         self.lock.write_text(text, encoding="utf-8")
 
     def use_small_lock(self, text: str) -> None:
-        """Have a profile with a small lock that needs next to no disk."""
+        """Add a profile with a small lock, which needs almost no disk."""
         rules = msgspec.structs.replace(self.profile, lock=SMALL_PROFILE, disk_gb={"darwin": 0, "linux": 0})
         profile = self.project / "config" / "profiles" / f"{SMALL_PROFILE}.yaml"
         profile.write_bytes(yaml.safe_dump(msgspec.to_builtins(rules)).encode())
         self.use_lock(SMALL_PROFILE, text)
 
     def new_lock(self) -> None:
-        """Another edition of the lock: other bytes, the same packages, so a true rebuild."""
+        """Change the lock's bytes and none of its packages, so that the next run has to rebuild."""
         self._editions += 1
         self.lock.write_text(f"{self._pristine}# edition {self._editions}\n", encoding="utf-8")
 
-    def told(self, *arguments: str, **variables: str) -> tuple[Ran, _Told]:
+    def report(self, *arguments: str, **variables: str) -> tuple[Ran, _JsonReport]:
         """Run ``invoke … --json`` and read its report."""
         ran = self.invoke(*arguments, "--json", **variables)
         try:
-            return ran, msgspec.json.decode(ran.out, type=_Told)
+            return ran, msgspec.json.decode(ran.out, type=_JsonReport)
         except msgspec.DecodeError as error:
-            raise NotSurvived(f"{' '.join(arguments)} printed no report ({error}): {ran.said}") from error
+            raise NotSurvived(
+                f"{' '.join(arguments)} printed no report ({error}): {ran.last_lines}"
+            ) from error
 
     def assert_recovers(self) -> None:
-        """One rerun ends good, and leaves nothing behind."""
-        ran, report = self.told("setup", "--no-train-step")
-        expect(ran.code == 0 and report.ok, f"the rerun ended with {ran.code}: {ran.said}")
+        """Check that one rerun ends good and leaves nothing behind."""
+        ran, report = self.report("setup", "--no-train-step")
+        expect(ran.code == 0 and report.ok, f"the rerun ended with {ran.code}: {ran.last_lines}")
         self.assert_healthy()
 
     def assert_healthy(self) -> None:
-        """Status finds nothing wrong, and nothing that was begun is left lying about."""
-        ran, report = self.told("status")
+        """Check that status finds nothing wrong and that no unfinished work is left."""
+        ran, report = self.report("status")
         wrong = [f"{c.name}: {c.detail}" for c in report.checks if c.status is Status.FAIL]
-        expect(ran.code == 0 and not wrong, f"status ended with {ran.code}: {wrong or ran.said}")
+        expect(ran.code == 0 and not wrong, f"status ended with {ran.code}: {wrong or ran.last_lines}")
         self.assert_no_leftovers()
 
     def assert_no_leftovers(self) -> None:
-        """No half-built generation, no temporary file, no process of an ended run."""
+        """Check that no half-built generation, temporary file or process of an ended run is left."""
         half = [g.name for g in generations.present(self.home) if g.manifest() is None]
         expect(not half, f"half-built generations are left: {half}")
         left = [str(path.relative_to(self.root)) for path in self._temporary_files()]
@@ -229,15 +245,15 @@ class Testbed:
         yield from (path for path in self.temporary.iterdir() if not _torchs(path))
         yield from self.home.root.glob(".*.new")
         yield from self.home.state.glob("moving-*")
-        for place in (self.home.state, *self.home.generations.glob("*")):
-            yield from place.glob(".*")
-            yield from place.glob("smoke")
+        for directory in (self.home.state, *self.home.generations.glob("*")):
+            yield from directory.glob(".*")
+            yield from directory.glob("smoke")
         for repository in (self.home.root / ".git", self.home.sd_scripts / ".git"):
             yield from repository.glob("*.lock")
             yield from repository.glob("refs/**/*.lock")
 
     def active_is_whole(self) -> None:
-        """The link to the environment leads to one that was built to its end and is as it was built."""
+        """Check that the active environment is complete and unchanged since it was built."""
         active = self.active()
         manifest = active.manifest()
         assert manifest  # it would not be active without
@@ -252,20 +268,18 @@ class Testbed:
         return found
 
     def active_passes_smoke(self) -> None:
-        """The active environment is whole, and the smoke check passes in it."""
+        """Check that the active environment is whole and that the smoke check passes in it."""
         self.active_is_whole()
-        ran = self.python(SMOKE)
-        expect(ran.code == 0, f"the smoke check of the active environment failed: {ran.said}")
+        self.python(SMOKE).assert_code(0, "the smoke check of the active environment")
 
     def install(self) -> None:
-        """Have a good installation, from nothing where there is none."""
+        """Make sure that there is a good installation."""
         if generations.active(self.home) is None:
-            say("  installing what the faults are tried on")
-            ran = self.invoke(*self.whole)
-            expect(ran.code == 0, f"no installation to try this on: {ran.said}")
+            say("  installing what the faults damage")
+            self.invoke(*self.setup_command).assert_code(0, "the set-up that the faults need")
 
     def remove(self) -> None:
-        """Forget the installation and its default configuration."""
+        """Remove the installation and its default configuration."""
         end_processes(self.home)
         for path in (self.home.root, self.root / "huggingface", self.temporary):
             if path.exists():
@@ -274,10 +288,10 @@ class Testbed:
 
 
 def _torchs(path: Path) -> bool:
-    """What torch leaves in the system's temporary directory whenever a training is killed.
+    """Whether torch left this in the system's temporary directory when a training was killed.
 
-    It is not told to put it elsewhere: a directory inside a home may be too long a name for
-    the sockets that go there, too.
+    torch is not made to put it elsewhere: its sockets are there too, and a path inside a home may
+    be too long for a socket.
     """
     its = {"_remote_module_non_scriptable.py", "__pycache__"}
     return path.is_dir() and {entry.name for entry in path.iterdir()} <= its
@@ -290,7 +304,7 @@ def _finish(process: subprocess.Popen[str]) -> Ran:
 
 
 def processes_of(home: Installation) -> list[psutil.Process]:
-    """The processes that work on a home: all of ours carry its variable."""
+    """The processes that work on a home: all of ours have its variable."""
     return find_processes(lambda process: process.environ().get("KOHYA_HOME") == str(home.root))
 
 
@@ -304,13 +318,14 @@ def end_processes(home: Installation) -> None:
 
 
 class Attempts:
-    """Counts the tries of one fault, and what was not survived."""
+    """Counts the tries of one fault, and notes those that were not survived."""
 
-    def __init__(self, fault: str) -> None:
-        self.fault, self.tries, self.fell = fault, 0, list[str]()
+    def __init__(self, fault: str, testbed: Testbed) -> None:
+        self.fault, self._testbed = fault, testbed
+        self.tries, self.failures = 0, list[str]()
 
     @contextlib.contextmanager
-    def attempt(self, what: str, place: Testbed) -> Iterator[None]:
+    def attempt(self, what: str) -> Iterator[None]:
         """One try; when it is not survived, the next one begins with a new installation."""
         self.tries += 1
         say(f"{self.fault}, try {self.tries}: {what}")
@@ -322,10 +337,10 @@ class Attempts:
             # Whatever it was: an hour of other tries must not be lost with this one.
             reason = str(error) if isinstance(error, NotSurvived) else f"{type(error).__name__}: {error}"
             say(f"  DID NOT SURVIVE: {reason}")
-            self.fell.append(f"{what}: {reason}")
-            place.remove()
+            self.failures.append(f"{what}: {reason}")
+            self._testbed.remove()
 
-    def done(self, looked_at: str) -> Row:
+    def done(self, checked: str) -> Row:
         """The fault's row, when all its tries are over."""
-        say(f"{self.fault}: {self.tries - len(self.fell)} of {self.tries} survived")
-        return Row(self.fault, self.tries, self.tries - len(self.fell), looked_at, tuple(self.fell))
+        say(f"{self.fault}: {self.tries - len(self.failures)} of {self.tries} survived")
+        return Row(self.fault, self.tries, self.tries - len(self.failures), checked, tuple(self.failures))

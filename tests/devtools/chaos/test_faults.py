@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from devtools.chaos import faults, stand_in
+from devtools.chaos.testbed import CannotTry, NotSurvived, Row, Testbed
+from kohya_mps.core.report import Status
+from kohya_mps.install import checkout
+from tests.support.installs import make_settings
+
+
+@pytest.mark.parametrize("arguments", [["--kills", "x"], ["--only", "earthquake"], ["--unknown"]])
+def test_wrong_arguments_are_refused_with_what_can_be_typed(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        faults.parse_options(arguments)
+    assert "nox -s chaos --" in capsys.readouterr().err
+
+
+def test_all_faults_are_tried_unless_some_are_named() -> None:
+    assert faults.parse_options([]) == faults.ChaosOptions(kills=60, pairs=20, only=())
+    options = faults.parse_options(["--kills", "6", "--pairs", "3", "--only", "clock", "--only", "pairs"])
+    assert options == faults.ChaosOptions(kills=6, pairs=3, only=("clock", "pairs"))
+
+
+@pytest.mark.parametrize("kills", [0, 1, 6, 7])
+def test_the_kills_are_shared_between_a_fresh_install_and_a_rebuild(kills: int) -> None:
+    table = faults.table(faults.ChaosOptions(kills=kills, pairs=2))
+    counts = [table[name].run.keywords["count"] for name in ("kill-fresh", "kill-rebuild")]  # type: ignore[attr-defined]
+    assert sum(counts) == kills
+    assert 0 <= counts[0] - counts[1] <= 1
+
+
+def test_a_fault_that_this_machine_does_not_allow_is_skipped_with_the_reason(testbed: Testbed) -> None:
+    def fault(_testbed: Testbed) -> Row:
+        raise CannotTry("mounting needs root")
+
+    check = faults.attempt("disk", faults.Fault(fault), testbed).check()
+    assert (check.status, check.detail) == (Status.SKIP, "mounting needs root")
+
+
+def test_a_preparation_that_fails_is_a_failure_and_the_next_fault_begins_anew(testbed: Testbed) -> None:
+    def fault(broken: Testbed) -> Row:
+        broken.home.root.mkdir()
+        raise NotSurvived("no installation")
+
+    check = faults.attempt("lock", faults.Fault(fault), testbed).check()
+    assert check.status is Status.FAIL
+    assert "no installation" in check.detail
+    assert not testbed.home.root.exists()
+
+
+def test_the_stand_in_can_be_checked_out_with_its_submodule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("COUNT", "1"), ("KEY_0", "protocol.file.allow"), ("VALUE_0", "always")):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    chosen = stand_in.make(tmp_path, make_settings(tmp_path / "home"))
+    checkout.ensure_checkout(chosen)
+    assert (chosen.home / "kohya_gui.py").is_file()
+    assert (chosen.home / "sd-scripts" / "train_network.py").is_file()
