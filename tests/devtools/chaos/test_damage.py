@@ -11,6 +11,7 @@ from kohya_mps.install import checkout, generations
 from tests.support.installs import Upstream, git, make_settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["", "sd-scripts"])
 @pytest.mark.parametrize("what", damage.DAMAGES)
 def test_a_damaged_repository_is_replaced_and_the_users_file_is_never_written_over(
@@ -49,6 +50,7 @@ def test_a_lock_with_a_wrong_digest_changes_nothing_and_the_right_one_goes_on(te
     assert generations.active(testbed.home) == before
 
 
+@pytest.mark.slow
 def test_an_edit_that_reaches_uvs_cache_does_not_come_back_with_a_rebuild(testbed: Testbed) -> None:
     row = damage.file_edited(testbed)
     assert (row.tries, row.survived) == (3, 3), row.failures

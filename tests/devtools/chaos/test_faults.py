@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from devtools.chaos import faults, stand_in
+from devtools.chaos import faults
 from devtools.chaos.testbed import CannotTry, NotSurvived, Row, Testbed
 from kohya_mps.core.report import Status
-from kohya_mps.install import checkout
-from tests.support.installs import make_settings
 
 
 @pytest.mark.parametrize("arguments", [["--kills", "x"], ["--only", "earthquake"], ["--unknown"]])
@@ -51,14 +47,3 @@ def test_a_preparation_that_fails_is_a_failure_and_the_next_fault_begins_anew(te
     assert check.status is Status.FAIL
     assert "no installation" in check.detail
     assert not testbed.home.root.exists()
-
-
-def test_the_stand_in_can_be_checked_out_with_its_submodule(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("COUNT", "1"), ("KEY_0", "protocol.file.allow"), ("VALUE_0", "always")):
-        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
-    chosen = stand_in.make(tmp_path, make_settings(tmp_path / "home"))
-    checkout.ensure_checkout(chosen)
-    assert (chosen.home / "kohya_gui.py").is_file()
-    assert (chosen.home / "sd-scripts" / "train_network.py").is_file()

@@ -9,6 +9,7 @@ from kohya_mps.install import checkout, generations
 from tests.support.installs import Upstream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_kill_during_a_rebuild_leaves_the_old_environment_and_one_rerun_ends_good(
     share: float, testbed: Testbed
@@ -27,6 +28,7 @@ def test_a_kill_during_a_rebuild_leaves_the_old_environment_and_one_rerun_ends_g
     testbed.assert_no_leftovers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
 def test_a_kill_during_a_checkout_is_mended_by_one_rerun(
     share: float, testbed: Testbed, upstream: Upstream
@@ -79,6 +81,7 @@ class CheckoutTestbed(Testbed):
         self.assert_no_leftovers()
 
 
+@pytest.mark.slow
 def test_the_kills_of_a_fresh_install_are_counted_and_each_rerun_is_checked(testbed: Testbed) -> None:
     testbed.__class__ = CheckoutTestbed
     row = kills.kills_fresh(testbed, 4)

@@ -9,6 +9,7 @@ from devtools.chaos.testbed import REBUILD, STALL_SECONDS, CannotTry, Testbed
 from tests.support.installs import Upstream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [network.silence, network.half_a_page])
 def test_an_index_that_stops_answering_fails_in_time_and_leaves_nothing(
     answer: network.Answer, testbed: Testbed
@@ -25,6 +26,7 @@ def test_an_index_that_stops_answering_fails_in_time_and_leaves_nothing(
     assert testbed.python(REBUILD).code == 0
 
 
+@pytest.mark.slow
 def test_a_git_server_that_stops_half_way_fails_in_time_and_the_rerun_ends_good(
     testbed: Testbed, upstream: Upstream
 ) -> None:
