@@ -140,6 +140,21 @@ def pages(session: nox.Session) -> None:
     posargs.run(session.posargs, parser.parse_args, lambda _: pages.write())
 
 
+@nox.session(tags=["ci"], default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site from the pages into .nox/site; a broken link fails."""
+    session.install("--require-hashes", "-r", "constraints/docs.txt")
+    # -n: every cross-reference has to lead somewhere; -W: a warning is a failure.
+    session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "-q", "-c", "docs", ".", ".nox/site")
+
+
+@nox.session(default=False)
+def pictures(session: nox.Session) -> None:
+    """Make README's pictures from a real set-up and training [-- --home DIR]."""
+    session.install(*DEV)
+    session.run("python", "-m", "devtools.docs.pictures", *session.posargs)
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what this costs over the bare tools, as ratios in one run [-- --help]."""

@@ -242,7 +242,7 @@ def uv() -> str:
     except FileNotFoundError as error:
         raise StepFailed(
             f"uv is not where its package says: {error}",
-            "install the project's tools again: README, first command",
+            "install the project's tools again: README, Install",
         ) from error
 
 

@@ -70,9 +70,9 @@ def test_what_a_profile_says_of_its_versions_is_what_its_lock_holds(name: str) -
 
 
 @pytest.mark.parametrize("name", settings.profile_names())
-def test_the_readme_says_of_a_profile_what_its_data_says(name: str) -> None:
+def test_the_page_of_profiles_says_what_their_data_says(name: str) -> None:
     rows = {}
-    for line in (settings.ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+    for line in (settings.ROOT / "docs" / "profiles.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 3:
             rows[cells[0]] = cells
