@@ -92,6 +92,21 @@ def test_what_needs_an_installation_says_how_to_get_one(arguments: tuple[str, ..
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [("configure", "--processes", "two"), ("tensorboard", "run", "--port", "many")]
+)
+def test_a_number_that_is_none_ends_with_2_and_is_named(arguments: tuple[str, ...], home: Path) -> None:
+    done = invoke(*arguments)
+    assert done.returncode == 2
+    assert f"{arguments[-2]}: found '{arguments[-1]}'" in done.stderr
+
+
+def test_setup_takes_a_profile(home: Path) -> None:
+    done = invoke("setup", "--json", "--profile", "no-such")
+    assert done.returncode == 2
+    assert "--profile: there is no profile 'no-such'" in json.loads(done.stdout)["checks"][0]["detail"]
+
+
 def test_a_home_that_cannot_be_used_ends_with_2(home: Path) -> None:
     home.write_text("a file")
     done = invoke("setup", "--json")
@@ -156,7 +171,7 @@ def test_an_interruption_ends_with_130_says_how_to_go_on_and_leaves_no_process(
         out, err = process.communicate(timeout=20)
         connection.close()
     assert process.returncode == 130
-    assert "the same command goes on from here" in err
+    assert "the same command continues from here" in err
     assert "Traceback" not in err
     assert out == ""
     deadline = time.monotonic() + 10

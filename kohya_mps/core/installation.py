@@ -1,4 +1,4 @@
-"""One installation: where its parts lie, and the lock that one run at a time holds."""
+"""One installation: the paths of its parts, the profile it has, and whether its directory is safe."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from .text import join_some
 
 STATE = ".kohya-mps"
 
+# In each generation: what was built. It is written last, and an interrupted build has none.
+MANIFEST = "manifest.json"
+
 
 class Installation(msgspec.Struct, frozen=True):
-    """The places of an installation, all below ``root`` (``KOHYA_HOME``)."""
+    """The paths of an installation, all below ``root`` (``KOHYA_HOME``)."""
 
     root: Path
 
     @property
     def state(self) -> Path:
-        """Everything of ours that is not the checkout and not the link to the environment."""
+        """Everything of this project except the checkout and the link to the environment."""
         return self.root / STATE
 
     @property
@@ -38,18 +41,26 @@ class Installation(msgspec.Struct, frozen=True):
         return self.state / "generations"
 
     @property
+    def active_generation(self) -> Path | None:
+        """The generation whose environment ``venv`` links to; it may be damaged or missing."""
+        if not self.venv.is_symlink():
+            return None
+        generation = Path(os.path.normpath(self.root / self.venv.readlink())).parent
+        return generation if generation.parent == self.generations else None
+
+    @property
     def verification(self) -> Path:
-        """The generated models and images that the training step trains on, and its runs."""
+        """The generated models and images for the training step, and its runs."""
         return self.state / "verification"
 
     @property
     def distributed_config(self) -> Path:
-        """The accelerate configuration of trainings with more than one process; absent with one."""
+        """The accelerate configuration for trainings with several processes; absent with one."""
         return self.state / "several.yaml"
 
     @property
     def checkout_move(self) -> Path:
-        """The record of a checkout on its way: while it is there, a run was killed in between."""
+        """The record of a checkout in progress; if it is there and no run is active, one was killed."""
         return self.state / "moving-kohya_ss.json"
 
     @property
@@ -58,46 +69,68 @@ class Installation(msgspec.Struct, frozen=True):
         return self.root / "sd-scripts"
 
 
+class _ManifestProfile(msgspec.Struct, frozen=True):
+    profile: str
+
+
+def installed_profile(home: Installation) -> str:
+    """The profile of the active generation; empty if there is none or its manifest cannot be read."""
+    try:
+        generation = home.active_generation
+        manifest = (generation / MANIFEST).read_bytes() if generation else b""
+        return msgspec.json.decode(manifest, type=_ManifestProfile).profile
+    except (OSError, msgspec.DecodeError):
+        return ""
+
+
 def check_location(home: Installation) -> None:
-    """Refuse a place that an installation cannot, or must not, be put in.
+    """Refuse a directory that an installation cannot, or must not, be in.
 
     Raises:
-        UsageError: it is a file, belongs to something else, cannot be written, or is a
-            place where another user could swap the programs that we would then run.
+        UsageError: it is a file, has something else in it, cannot be written, or is where
+            another user could replace the programs that this project runs.
     """
     root = home.root
-    choose = "choose another place with KOHYA_HOME"
+    choose = "choose another directory with KOHYA_HOME"
+    _check_directory(home, choose)
+    own = (home.venv / "bin", home.venv, home.generations, home.state, root)
+    for path in own:
+        if path.exists() and path.stat().st_uid not in (0, os.getuid()):
+            user = pwd.getpwuid(os.getuid()).pw_name
+            chown = shlex.join(["sudo", "chown", "-R", user, str(path)])
+            raise UsageError(
+                f"{path} belongs to another user, who could replace the programs that run from {root}",
+                f"if it is yours, `{chown}`; else {choose}",
+            )
+    for path in (*own, *root.parents):
+        if path.exists() and (reason := _shared_with_others(path)):
+            raise UsageError(
+                f"{path} {reason}: another user could replace the programs that run from {root}",
+                f"`chmod go-w {shlex.quote(str(path))}`, or {choose}",
+            )
+
+
+def _check_directory(home: Installation, choose: str) -> None:
+    """Refuse what is no directory, cannot be written, or has something else in it."""
+    root = home.root
     if os.path.lexists(root) and not root.is_dir():
         raise UsageError(f"{root} is not a directory", choose)
     if root.is_dir():
-        strangers = sorted({entry.name for entry in root.iterdir()} - {STATE, "venv", ".DS_Store"})
-        if strangers and not (root / ".git").exists() and not home.checkout_move.exists():
+        others = sorted({entry.name for entry in root.iterdir()} - {STATE, "venv", ".DS_Store"})
+        if others and not (root / ".git").exists() and not home.checkout_move.exists():
             raise UsageError(
-                f"{root} is not empty and is not a kohya_ss checkout: it holds {join_some(strangers)}", choose
+                f"{root} is not empty and is not a kohya_ss checkout: it holds {join_some(others)}", choose
             )
     existing = existing_ancestor(root)
     if not existing.is_dir():
         raise UsageError(f"{existing} is not a directory, so {root} cannot be made", choose)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{existing} is not writable for you, so {root} cannot be used", choose)
-    ours = (home.venv / "bin", home.venv, home.generations, home.state, root)
-    for place in ours:
-        if place.exists() and place.stat().st_uid not in (0, os.getuid()):
-            mine = shlex.join(["sudo", "chown", "-R", pwd.getpwuid(os.getuid()).pw_name, str(place)])
-            raise UsageError(
-                f"{place} belongs to another user, who could replace the programs that run from {root}",
-                f"if it is yours, `{mine}`; else {choose}",
-            )
-    for place in (*ours, *root.parents):
-        if place.exists() and (reason := _shared_with_others(place)):
-            raise UsageError(
-                f"{place} {reason}: another user could replace the programs that run from {root}",
-                f"`chmod go-w {shlex.quote(str(place))}`, or {choose}",
-            )
 
 
-def _shared_with_others(place: Path) -> str:
-    mode = place.stat()
+def _shared_with_others(path: Path) -> str:
+    """How other users can write to a directory; empty if they cannot."""
+    mode = path.stat()
     if mode.st_mode & stat.S_ISVTX:
         return ""
     if mode.st_mode & stat.S_IWOTH:

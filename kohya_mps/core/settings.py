@@ -1,4 +1,4 @@
-"""Settings: ``config/`` validated on load, overridden by ``KOHYA_*``, overridden by flags."""
+"""Settings: what ``config/`` says, with what overrides it, validated when it is read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 from packaging.version import Version
 
 from .errors import UsageError, restores
+from .installation import Installation, installed_profile
 from .machine import macos_version, on_mac
 from .text import shorten
 
@@ -22,7 +23,7 @@ CONSTRAINTS = ROOT / "constraints"
 GUI_PRESETS = CONFIG / "gui-presets"
 PROBES = ROOT / "kohya_mps" / "probes"
 
-# libyaml's is ten times as fast; wheels have it, a build from source may not.
+# libyaml's loader is ten times as fast. PyYAML's wheels have it; a build from source may not.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -53,7 +54,7 @@ class _File(_Strict, frozen=True):
 
 
 class Forbidden(_Strict, frozen=True):
-    """Distributions that must not be in an environment, everywhere and on macOS."""
+    """Packages that must not be in an environment: on any system, and on macOS."""
 
     any: tuple[str, ...]
     darwin: tuple[str, ...]
@@ -82,26 +83,26 @@ class Profile(_Strict, frozen=True):
         return CONSTRAINTS / f"{self.gui_lock if gui else self.lock}.txt"
 
     def forbidden_here(self) -> tuple[str, ...]:
-        """The forbidden distributions for the operating system we run on."""
+        """The forbidden packages on this operating system."""
         return self.forbidden.any + (self.forbidden.darwin if on_mac() else ())
 
     def precisions(self, device: str) -> tuple[str, ...]:
-        """The mixed precisions that this lock's accelerate and torch accept on a device of this machine.
+        """The mixed precisions that this profile's accelerate and torch accept on a device of this machine.
 
-        On MPS the version of macOS decides too: ``needs_macos`` names the lowest for each.
+        On MPS they also depend on the version of macOS: ``needs_macos`` has the lowest for each.
         """
         allowed = self.mixed_precision.get(device, ("no",))
         if device != "mps":
             return allowed
         here = Version(macos_version())
-        return tuple(each for each in allowed if here >= Version(self.needs_macos.get(each, "0")))
+        return tuple(name for name in allowed if here >= Version(self.needs_macos.get(name, "0")))
 
 
 class Gui(_Strict, frozen=True):
-    """kohya's web page (``config/gui.yaml``): where it is, and what its forms open with.
+    """kohya's web page (``config/gui.yaml``): its address, and the values that its forms open with.
 
-    ``forms`` are sections, keys and values of kohya_ss's own ``config.toml``; ``modules`` what
-    it imports besides the trainer's.
+    ``forms`` are sections, keys and values of kohya_ss's own ``config.toml``. ``modules`` is
+    what the page imports in addition to the trainer's modules.
     """
 
     port: int
@@ -111,7 +112,7 @@ class Gui(_Strict, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Everything a step needs to know, with every override already applied."""
+    """The settings of one command, with every override applied."""
 
     home: Path
     url: str
@@ -131,44 +132,67 @@ def load(
     mixed_precision: str | None = None,
     config: Path = CONFIG,
 ) -> Settings:
-    """Read ``config/`` and apply ``KOHYA_*`` variables and then the flags given here.
+    """Read ``config/`` and apply what overrides it.
+
+    A flag (the arguments of this function) goes before a ``KOHYA_*`` variable, that before
+    the installed profile, and that before ``config/``.
 
     Raises:
-        UsageError: for an unknown key, a wrong type, or a value that cannot be meant; it
-            names the file or variable, the key, what was found and what is accepted.
+        UsageError: a key is unknown, or a type or value is invalid. It names the file, flag
+            or variable, the key, what was found and what is accepted.
     """
     path = config / "settings.yaml"
     file = read_yaml(path, _File)
-    chosen, said_by = _override(file.checkout.commit, "KOHYA_COMMIT", commit, f"{path}: checkout.commit")
-    if not _COMMIT.fullmatch(chosen.lower()):
-        raise UsageError(
-            f"{said_by}: {chosen!r} is not a full commit id",
-            "give all 40 hexadecimal digits (`git rev-parse <name>` prints them)",
-        )
-    if file.generations_kept < 1:
-        raise UsageError(f"{path}: generations_kept: found {file.generations_kept}", "accepted: 1 or more")
-    if not file.network_stall_seconds > 0:  # "not a number" is a number in YAML
-        raise UsageError(
-            f"{path}: network_stall_seconds: found {file.network_stall_seconds}", "accepted: more than 0"
-        )
-    name, said_by = _override(file.profile, "KOHYA_PROFILE", profile, f"{path}: profile")
+    _check_numbers(file, path)
+    home = _home(file.checkout.home, f"{path}: checkout.home")
+    installed = installed_profile(Installation(home))
+    if installed not in profile_names(config):  # none, or of a version that had other profiles
+        installed = ""
+    name, origin = _override(installed or file.profile, "KOHYA_PROFILE", profile, f"{path}: profile")
     return Settings(
-        home=_home(file.checkout.home, f"{path}: checkout.home"),
+        home=home,
         url=_url(_override(file.checkout.url, "KOHYA_REPO_URL", url, f"{path}: checkout.url")[0]),
-        commit=chosen.lower(),
+        commit=_commit(*_override(file.checkout.commit, "KOHYA_COMMIT", commit, f"{path}: checkout.commit")),
         profile_name=name,
-        profile=load_profile(name, said_by, config),
+        profile=load_profile(name, origin, config),
         mixed_precision=mixed_precision or file.mixed_precision,
         generations_kept=file.generations_kept,
         network_stall_seconds=file.network_stall_seconds,
     )
 
 
-def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> Profile:
-    """Read one profile; ``said_by`` names where the choice came from, for the error."""
+def _check_numbers(file: _File, path: Path) -> None:
+    if file.generations_kept < 1:
+        raise UsageError(f"{path}: generations_kept: found {file.generations_kept}", "accepted: 1 or more")
+    if not file.network_stall_seconds > 0:  # YAML's .nan is a number, and not above 0
+        raise UsageError(
+            f"{path}: network_stall_seconds: found {file.network_stall_seconds}", "accepted: more than 0"
+        )
+
+
+def _commit(value: str, origin: str) -> str:
+    if not _COMMIT.fullmatch(value.lower()):
+        raise UsageError(
+            f"{origin}: {value!r} is not a full commit id",
+            "give all 40 hexadecimal digits (`git rev-parse NAME` prints them)",
+        )
+    return value.lower()
+
+
+def load_profile(name: str, origin: str = "profile", config: Path = CONFIG) -> Profile:
+    """Read one profile.
+
+    Args:
+        name: of a file in ``config/profiles/``.
+        origin: the flag, variable or key that named it, for the error.
+        config: the directory with ``profiles/``.
+
+    Raises:
+        UsageError: there is no such profile, or its file is invalid.
+    """
     known = profile_names(config)
     if name not in known:
-        raise UsageError(f"{said_by}: there is no profile {name!r}", f"accepted: {', '.join(known)}")
+        raise UsageError(f"{origin}: there is no profile {name!r}", f"accepted: {', '.join(known)}")
     path = config / "profiles" / f"{name}.yaml"
     profile = read_yaml(path, Profile)
     releases = {"macos": profile.macos, **{f"needs_macos.{k}": v for k, v in profile.needs_macos.items()}}
@@ -181,12 +205,12 @@ def load_profile(name: str, said_by: str = "profile", config: Path = CONFIG) -> 
 
 
 def load_gui(config: Path = CONFIG) -> Gui:
-    """Read what is said of kohya's web page."""
+    """Read ``config/gui.yaml``."""
     return read_yaml(config / "gui.yaml", Gui)
 
 
 def profile_names(config: Path = CONFIG) -> list[str]:
-    """The profiles that exist, in alphabetical order."""
+    """The names of the profiles, in alphabetical order."""
     return sorted(path.stem for path in (config / "profiles").glob("*.yaml"))
 
 
@@ -196,7 +220,7 @@ def read_yaml(path: Path, kind: type[T], *, fix: str = "") -> T:
     Args:
         path: the file.
         kind: what it has to contain.
-        fix: how a missing file comes back; for one of this project's own when left out.
+        fix: what mends a file that a command writes; when left out, it is a file of this project.
 
     Raises:
         UsageError: it is missing, is not YAML, or does not have that shape.
@@ -247,49 +271,50 @@ def _fits(data: Any, kind: Any) -> bool:
     return True
 
 
-def _override(from_file: str, variable: str, flag: str | None, file_says: str) -> tuple[str, str]:
+def _override(from_file: str, variable: str, flag: str | None, file_key: str) -> tuple[str, str]:
+    """The value that counts, and the name of the flag, variable or key that it came from."""
     if flag:
-        value, said_by = flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
+        value, origin = flag, f"--{variable.removeprefix('KOHYA_').lower().replace('_', '-')}"
     elif os.environ.get(variable):
-        value, said_by = os.environ[variable], variable
+        value, origin = os.environ[variable], variable
     else:
-        value, said_by = from_file, file_says
+        value, origin = from_file, file_key
     if not value:
-        raise UsageError(f"{said_by}: found {value!r}", "accepted: a text that is not empty")
-    # Bytes that are no UTF-8 arrive as lone surrogates: no report could be printed.
+        raise UsageError(f"{origin}: found {value!r}", "accepted: any text that is not empty")
+    # Bytes that are not UTF-8 arrive as lone surrogates; no report with them could be printed.
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
         raise UsageError(
-            f"{said_by}: {value!r} has a control character or is no UTF-8", "choose a name without"
+            f"{origin}: {value!r} has a control character or is not UTF-8", "use a name without them"
         )
-    return value, said_by
+    return value, origin
 
 
 def _url(value: str) -> str:
     if value.startswith("-"):
-        raise UsageError(f"KOHYA_REPO_URL: {value!r} is no address", "give a URL or a path")
-    path = os.path.expanduser(value)  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+        raise UsageError(f"KOHYA_REPO_URL: {value!r} is not an address", "give a URL or a path")
+    path = os.path.expanduser(value)  # noqa: PTH111 -- keeps a ~ that names no user as it is
     return os.path.abspath(path) if os.path.exists(path) else value  # noqa: PTH110 -- any length
 
 
-def _home(from_file: str, file_says: str) -> Path:
-    value, said_by = _override(from_file, "KOHYA_HOME", None, file_says)
+def _home(from_file: str, file_key: str) -> Path:
+    value, origin = _override(from_file, "KOHYA_HOME", None, file_key)
     try:
         home = Path(os.path.abspath(Path(value).expanduser()))
         home.exists()
     except RuntimeError as error:
-        raise UsageError(f"{said_by}: {value!r}: {error}", "write the path in full") from error
+        raise UsageError(f"{origin}: {value!r}: {error}", "write the path in full") from error
     except OSError as error:
-        raise UsageError(f"{said_by}: {value!r}: {error.strerror}", "choose another path") from error
+        raise UsageError(f"{origin}: {value!r}: {error.strerror}", "choose another path") from error
     return home
 
 
 def hugging_face_home() -> Path:
-    """Where Hugging Face's libraries keep their things: ``HF_HOME``, else below the user's cache."""
+    """The directory of Hugging Face's libraries: ``HF_HOME``, else one in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    place = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    return Path(os.path.expanduser(place))  # noqa: PTH111 -- leaves a ~ that names nobody as it is
+    path = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(os.path.expanduser(path))  # noqa: PTH111 -- keeps a ~ that names no user as it is
 
 
-def without_secret(url: str) -> str:
-    """An address as it may be printed and recorded: without the name and password in it."""
-    return re.sub(r"^(https?://)[^/@]*@", r"\1", url)
+def without_secret(text: str) -> str:
+    """A URL, or a text with URLs, as it may be printed and recorded: without names and passwords."""
+    return re.sub(r"(https?://)[^/@\s]*@", r"\1", text)

@@ -18,7 +18,7 @@ import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import link_atomic, write_atomic
-from kohya_mps.core.installation import Installation
+from kohya_mps.core.installation import MANIFEST, Installation
 from kohya_mps.core.process import running_from
 from kohya_mps.core.report import say
 
@@ -74,7 +74,7 @@ class Generation(msgspec.Struct, frozen=True):
     @property
     def manifest_file(self) -> Path:
         """Written last, so that a generation without it was not built to its end."""
-        return self.path / "manifest.json"
+        return self.path / MANIFEST
 
     @property
     def activation_file(self) -> Path:
@@ -117,10 +117,8 @@ def present(home: Installation) -> list[Generation]:
 
 def linked(home: Installation) -> Generation | None:
     """The generation that ``venv`` links to, whatever state it is in."""
-    if not home.venv.is_symlink():
-        return None
-    target = Path(os.path.normpath(home.venv.parent / home.venv.readlink()))
-    return Generation(target.parent) if target.parent.parent == home.generations else None
+    path = home.active_generation
+    return Generation(path) if path else None
 
 
 def active(home: Installation) -> Generation | None:

@@ -335,7 +335,7 @@ def installed(home: Installation, profile: str = "") -> Generation:
     if profile and manifest.profile != profile:
         raise UsageError(
             f"the active environment is of the profile {manifest.profile}, not {profile}",
-            f"KOHYA_PROFILE={manifest.profile} selects the installed one; `invoke setup` installs {profile}",
+            f"leave out KOHYA_PROFILE to use it, or install the other: `invoke setup --profile {profile}`",
         )
     return generation
 

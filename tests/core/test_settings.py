@@ -9,6 +9,9 @@ import pytest
 
 from kohya_mps.core import settings
 from kohya_mps.core.errors import UsageError
+from kohya_mps.core.installation import MANIFEST, Installation
+from kohya_mps.install.generations import Generation, Manifest, activate
+from kohya_mps.install.inventory import Inventory
 
 OTHER = "a" * 40
 
@@ -52,11 +55,11 @@ def test_a_variable_wins_over_the_file_and_a_flag_over_both(
     by_file = settings.load(config=config)
     monkeypatch.setenv("KOHYA_COMMIT", OTHER)
     monkeypatch.setenv("KOHYA_REPO_URL", "https://mirror.invalid/kohya_ss.git")
-    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / "place"))
+    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / "elsewhere"))
     by_variable = settings.load(config=config)
     assert by_file.commit != by_variable.commit == OTHER
     assert by_variable.url == "https://mirror.invalid/kohya_ss.git"
-    assert by_variable.home == tmp_path / "place"
+    assert by_variable.home == tmp_path / "elsewhere"
     by_flag = settings.load(
         config=config, commit="b" * 40, url="https://fork.invalid/x", mixed_precision="bf16"
     )
@@ -161,6 +164,58 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(
     assert "'newest'" in message
 
 
+def install(root: Path, profile: str) -> Generation:
+    """An installation with a built, active generation."""
+    home = Installation(root)
+    generation = Generation(home.generations / f"{profile}-1")
+    generation.venv.mkdir(parents=True)
+    generation.complete(Manifest(profile, "", "3.11.9", "", Inventory({}, (), "", 0, ()), 1.0))
+    activate(home, generation)
+    return generation
+
+
+def test_the_installed_profile_goes_before_the_file_and_after_flag_and_variable(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / "home"))
+    for name in ("older", "newer"):
+        shutil.copy(config / "profiles" / "validated.yaml", config / "profiles" / f"{name}.yaml")
+    assert settings.load(config=config).profile_name == "validated"
+    install(tmp_path / "home", "newer")
+    assert settings.load(config=config).profile_name == "newer"
+    monkeypatch.setenv("KOHYA_PROFILE", "older")
+    assert settings.load(config=config).profile_name == "older"
+    assert settings.load(config=config, profile="validated").profile_name == "validated"
+    # The active generation decides, not the newest.
+    monkeypatch.delenv("KOHYA_PROFILE")
+    install(tmp_path / "home", "older")
+    assert settings.load(config=config).profile_name == "older"
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{", b"\xff", b'{"profile": 3}', b'{"profile": "gone"}', None])
+def test_a_manifest_that_names_no_known_profile_leaves_the_choice_to_the_file(
+    manifest: bytes | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / "home"))
+    generation = install(tmp_path / "home", "latest")
+    assert settings.load().profile_name == "latest"
+    path = generation.path / MANIFEST
+    path.unlink()
+    if manifest is not None:
+        path.write_bytes(manifest)
+    assert settings.load().profile_name == "validated"
+
+
+def test_an_environment_that_somebody_else_made_has_no_profile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KOHYA_HOME", str(tmp_path / "home"))
+    other = install(tmp_path / "other", "latest")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "venv").symlink_to(other.venv)
+    assert settings.load().profile_name == "validated"
+
+
 @pytest.mark.parametrize(
     "name", ["with spaces", 'it\'s "quoted"', "$(touch x)", "Größe Übung 写真", "a;b|c&d"]
 )
@@ -183,7 +238,7 @@ def test_the_tilde_and_relative_paths_are_resolved(tmp_path: Path, monkeypatch: 
     "value",
     ["/tmp/a\nb", "/tmp/a\tb", "/tmp/a\x7fb", "~nobody-of-this-name/x", "/tmp/" + 300 * "x", "/tmp/\udcff"],
 )
-def test_a_home_that_cannot_be_meant_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_home_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOHYA_HOME", value)
     assert "KOHYA_HOME" in refused(settings.CONFIG)
 

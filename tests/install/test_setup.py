@@ -313,7 +313,7 @@ def test_a_neighbours_environment_is_unchanged_by_set_up(
     assert snapshot(neighbour) == before
 
 
-def test_an_environment_of_another_profile_is_not_taken_for_the_one_that_is_asked_for(
+def test_an_environment_of_another_profile_than_the_requested_one_is_refused(
     settings: Settings,
 ) -> None:
     setup(settings, UNVERIFIED)

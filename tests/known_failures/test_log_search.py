@@ -134,7 +134,7 @@ def test_a_missing_log_and_no_log_at_all_are_usage_errors(monkeypatch: pytest.Mo
         log_search.explain("-")
 
 
-@pytest.mark.parametrize("arguments", [["LOG"], ["--json", "LOG"], ["-"], ["--json"], []])
+@pytest.mark.parametrize("arguments", [["LOG"], ["--json", "LOG"], ["-"], ["-", "--json"]])
 def test_invoke_takes_a_log_or_standard_input(arguments: list[str], tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_bytes(FP16)

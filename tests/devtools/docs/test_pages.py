@@ -70,7 +70,7 @@ def test_the_page_of_commands_has_every_task_with_its_options_and_every_session(
     text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
     assert page.count("| `nox -s ") == len(re.findall(r"^@nox.session", text, re.MULTILINE))
     text = (ROOT / "tasks.py").read_text(encoding="utf-8")
-    assert page.count("## invoke ") == len(re.findall(r"^@task", text, re.MULTILINE))
+    assert page.count("## invoke ") == len(re.findall(r"^@command", text, re.MULTILINE))
 
 
 def test_sessions_stand_under_when_they_run() -> None:
