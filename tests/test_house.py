@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import kohya_mps
 
@@ -20,12 +22,17 @@ NO_TEST_FILE = {
     "devtools/editable_only.py": "hatchling, which runs it, is not in the lock; test_packaging.py runs uv",
     # still to be written
     "kohya_mps/core/errors.py": "to be written",
+    "kohya_mps/dataset/dataset_config.py": "to be written",
+    "kohya_mps/dataset/picture_files.py": "to be written",
     "kohya_mps/dataset/scan.py": "to be written",
     "kohya_mps/diagnose/base_model.py": "to be written",
-    "kohya_mps/install/accelerate_launch.py": "to be written",
-    "kohya_mps/install/receipt.py": "to be written",
-    "kohya_mps/install/smoke_check.py": "to be written",
-    "kohya_mps/install/training_step.py": "to be written",
+    "kohya_mps/diagnose/duration.py": "to be written",
+    "kohya_mps/diagnose/inspection.py": "to be written",
+    "kohya_mps/diagnose/machine_facts.py": "to be written",
+    "kohya_mps/diagnose/memory.py": "to be written",
+    "kohya_mps/diagnose/model_families.py": "to be written",
+    "kohya_mps/diagnose/online.py": "to be written",
+    "kohya_mps/diagnose/training_facts.py": "to be written",
     "kohya_mps/train/compare_lora.py": "to be written",
     "kohya_mps/train/follow.py": "to be written",
     "kohya_mps/train/outcome.py": "to be written",
@@ -113,6 +120,14 @@ def test_the_changelog_has_a_dated_section_for_the_version() -> None:
     sections = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sections[0] == "Unreleased"
     assert re.fullmatch(rf"{re.escape(kohya_mps.__version__)} \(\d{{4}}-\d\d-\d\d\)", sections[1])
+
+
+def test_the_lock_of_the_tools_is_made_from_the_projects_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints" / "tools.in").read_text(encoding="utf-8").splitlines()
+    assert {Requirement(line).name for line in lines if not line.startswith("#")} == set(
+        project["dependencies"]
+    )
 
 
 def test_no_file_names_a_package_registry() -> None:
