@@ -1,1 +1,1 @@
-"""What every room stands on: front end, errors, reports, processes, settings, files."""
+"""What every other folder uses: the command line, errors, reports, processes, settings and files."""

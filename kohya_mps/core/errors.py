@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code that each kind of it ends with."""
+"""The errors that a person can mend, and the exit codes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ INTERRUPTED = 130
 
 
 class KohyaError(Exception):
-    """Something that a person can mend: what is wrong, and what to type next.
+    """An error that a person can mend: it says what is wrong, and what to type next.
 
     Args:
-        what: one or more lines that say what was found.
+        what: one or more lines about what was found.
         fix: the command or the change that mends it.
     """
 
@@ -36,23 +36,23 @@ class StepFailed(KohyaError):
 
 
 class UsageError(KohyaError):
-    """Wrong usage or configuration (exit code 2)."""
+    """The command or the configuration is wrong (exit code 2)."""
 
     exit_code = USAGE
 
 
 class Busy(KohyaError):
-    """Another run holds this installation (exit code 3)."""
+    """Another run uses this installation (exit code 3)."""
 
     exit_code = BUSY
 
 
 class Stopped(KohyaError):
-    """The person ended it, and what was done so far is kept (exit code 130)."""
+    """A person ended it; what was done until then is kept (exit code 130)."""
 
     exit_code = INTERRUPTED
 
 
 def restores(path: Path) -> str:
-    """The remedy for a file of this project's own that was spoilt."""
+    """The remedy for a damaged or missing file of this project."""
     return f"`git checkout -- {shlex.quote(str(path))}` restores it"

@@ -1,4 +1,4 @@
-"""Files and links that are replaced in one step, and where a new one would go."""
+"""Replacing files and links in one step, and finding where a new one would go."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def existing_ancestor(path: Path) -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file in one step: readers see the old or the new, never a part."""
+    """Write a file in one step: readers see the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always the same name: what a killed run left is replaced and does not pile up.
+    # The name is always the same, so that files of killed runs are replaced and do not pile up.
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""The machine that we run on: its system, memory and device."""
+"""This machine: its system, memory, disk and device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .files import existing_ancestor
 
 
 def on_mac() -> bool:
-    """Whether this is macOS: there the expected device is MPS and nothing else."""
+    """Whether this is macOS, where the expected device is MPS and nothing else."""
     return sys.platform == "darwin"
 
 
 def macos_version() -> str:
-    """The version of macOS that we run on; ``0`` elsewhere."""
+    """The version of macOS; ``0`` on another system."""
     return platform.mac_ver()[0] or "0"
 
 
 def expected_architecture() -> str:
-    """The architecture that the locks are made for, as ``platform.machine()`` says it."""
+    """The architecture that the locks are made for, as ``platform.machine()`` names it."""
     return "arm64" if on_mac() else "x86_64"
 
 
@@ -40,9 +40,9 @@ def free_disk_gb(path: Path) -> float:
 
 
 def expected_device() -> str:
-    """The device that training has to run on here: ``mps``, ``cuda`` or ``cpu``.
+    """The device that training has to use on this machine: ``mps``, ``cuda`` or ``cpu``.
 
-    On a Mac nothing but MPS will do. Elsewhere it is CUDA where NVIDIA's driver is loaded.
+    On a Mac it is always MPS. Elsewhere it is CUDA if NVIDIA's driver is loaded.
     """
     if on_mac():
         return "mps"

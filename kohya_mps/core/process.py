@@ -1,4 +1,4 @@
-"""The one place that starts processes: in a scrubbed environment, and never left behind."""
+"""The one module that starts processes: in a clean environment, and never left behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -22,14 +22,14 @@ from .text import strip_ansi
 if TYPE_CHECKING:
     import psutil
 
-# Marks every process of one run, so that what a killed run left behind can be found.
+# The variable that marks every process of one run, so that leftovers of a killed run can be found.
 RUN_MARK = "KOHYA_MPS_RUN"
 
-# How often a silent child is looked after, in seconds.
+# How often a silent child is checked, in seconds.
 _POLL_SECONDS = 0.25
 
-# What changes which code a child imports, where pip and uv put things, or which repository
-# git works on. What configures the network, certificates, caches and package sources stays.
+# Variables that change which code a child imports, where pip and uv install, or which repository
+# git works on. Variables for the network, certificates, caches and package sources are kept.
 _DROPPED_PREFIXES = ("PYTHON", "VIRTUAL_ENV", "CONDA", "_CE_", "MAMBA", "PIP_", "ACCELERATE_", "DYLD_")
 _DROPPED = {
     "LD_PRELOAD", "PIPENV_ACTIVE", "POETRY_ACTIVE", "PYENV_VERSION", "__PYVENV_LAUNCHER__",
@@ -47,9 +47,10 @@ _DROPPED = {
 class ProcessResult(msgspec.Struct, frozen=True):
     """How a process ended.
 
-    ``tail`` is the end of what it printed, ``seconds`` its wall time and ``peak_bytes`` the
-    largest resident memory of it or any process it started and waited for; never less than
-    what this process had when it started it.
+    ``tail`` is the end of its output, ``seconds`` its wall time, ``stalled`` whether it was
+    ended because it was silent. ``peak_bytes`` is the largest resident memory of the process
+    or of any that it started and waited for; it is never less than the memory that this
+    process had when it started the other.
     """
 
     returncode: int
@@ -60,7 +61,7 @@ class ProcessResult(msgspec.Struct, frozen=True):
 
     @property
     def last_line(self) -> str:
-        """The last thing it said, which for most programs is the reason it failed."""
+        """The last line of its output; most programs say there why they failed."""
         plain = strip_ansi(self.tail).replace("\r", "\n")
         lines = [line.strip() for line in plain.splitlines() if line.strip()]
         return lines[-1] if lines else "(it printed nothing)"
@@ -72,11 +73,11 @@ def clean_environ(
     path_first: Path | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The environment for a child: nothing that leaks another Python's things into it.
+    """The environment variables for a child, without those that would leak another Python into it.
 
     Args:
-        environ: what to start from; this process's environment when not given.
-        path_first: a directory to put first on ``PATH``, such as the environment's ``bin``.
+        environ: the variables to clean; those of this process when left out.
+        path_first: a directory to put first on ``PATH``, such as the ``bin`` of the environment.
         extra: variables to add.
     """
     source = dict(os.environ if environ is None else environ)
@@ -102,10 +103,19 @@ def capture(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a short command and return its output; the caller judges the exit status."""
+    """Run a short command and return its output; the caller judges the exit status.
+
+    Args:
+        argv: program and arguments.
+        cwd: its working directory.
+        env: its whole environment; :func:`clean_environ` when left out.
+
+    Raises:
+        StepFailed: there is no such program.
+    """
     environ = clean_environ() if env is None else dict(env)
     environ.pop("COLUMNS", None)  # uv would wrap its sentences, and they are read here
-    try:
+    with _not_found_is_a_failed_step(argv):
         return subprocess.run(
             [os.fspath(part) for part in argv],
             cwd=cwd,
@@ -116,8 +126,6 @@ def capture(
             stdin=subprocess.DEVNULL,
             check=False,
         )
-    except FileNotFoundError as error:
-        raise StepFailed(f"{error.filename or argv[0]}: not found") from error
 
 
 def stream(
@@ -130,124 +138,171 @@ def stream(
     on_output: Callable[[bytes], None] | None = None,
     keep_bytes: int = 64 * 1024,
 ) -> ProcessResult:
-    """Run a command and pass on what it prints, as it prints it, to standard error.
+    """Run a command and show what it prints, as it prints it, on standard error.
 
-    Args:
-        argv: program and arguments; never a string for a shell.
-        cwd: where it runs.
-        env: its whole environment; the scrubbed one when not given.
-        log: a file that receives everything it prints.
-        stall_seconds: end it when it has printed nothing for this long.
-        on_output: receives each piece instead of standard error.
-        keep_bytes: how much of the end is kept in :attr:`ProcessResult.tail`.
+    Takes what :func:`capture` takes, a file for the output (``log``), a time after which a
+    silent child is ended (``stall_seconds``), a function that gets the output instead of
+    standard error (``on_output``), and how much of it the result has (``keep_bytes``).
 
-    The child is gone when this returns or raises. So is all it started, when it is ended from
-    here; what it left running when it ended by itself is not waited for.
+    The child has ended when this returns or raises. If it was ended from here, everything
+    that it started has ended, too; what it left running itself is not waited for.
     """
     started = time.monotonic()
-    command = [os.fspath(part) for part in argv]
-    show = on_output or _OutputForwarder()
-    tail: deque[bytes] = deque()
-    kept = 0
-    last_output = started
-    stalled = False
+    tail = TailBuffer(keep_bytes)
     with contextlib.ExitStack() as stack:
-        log_file: BinaryIO | None = stack.enter_context(log.open("wb")) if log else None
-        ours, theirs = _terminal() if on_output is None and log is None and sys.stderr.isatty() else os.pipe()
-        stack.callback(os.close, ours)
-        try:
-            child = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env=clean_environ() if env is None else dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=theirs,
-                stderr=theirs,
-            )
-        except FileNotFoundError as error:
-            raise StepFailed(f"{error.filename or command[0]}: not found") from error
-        finally:
-            os.close(theirs)
-        reaped = 0
-        try:
-            while True:
-                if not select.select([ours], [], [], _POLL_SECONDS)[0]:
-                    reaped, status, usage = os.wait4(child.pid, os.WNOHANG)
-                    if reaped:
-                        break  # what it left running may hold the pipe open for ever
-                    if stall_seconds and not stalled and time.monotonic() - last_output > stall_seconds:
-                        stalled = True
-                        end_tree([child.pid])
-                    continue
-                piece = _read(ours)
-                if not piece:
-                    break
-                last_output = time.monotonic()
-                show(piece)
-                if log_file:
-                    log_file.write(piece)
-                    log_file.flush()
-                tail.append(piece)
-                kept += len(piece)
-                while len(tail) > 1 and kept - len(tail[0]) >= keep_bytes:
-                    kept -= len(tail.popleft())
-            if not reaped:
-                _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        except BaseException:
-            end_tree([child.pid])
-            child.wait()
-            raise
-        finally:
-            if isinstance(show, _OutputForwarder):
-                show.finish()
+        show = on_output or stack.enter_context(contextlib.closing(_OutputForwarder())).write
+        receivers = [show, tail.append]
+        if log:
+            receivers.append(_writer(stack.enter_context(log.open("wb"))))
+        in_terminal = on_output is None and log is None and sys.stderr.isatty()
+        child, output = _spawn(argv, cwd, env, in_terminal)
+        stack.callback(os.close, output)
+        ended = _pump(child, output, receivers, stall_seconds)
     return ProcessResult(
-        returncode=child.returncode,
-        tail=b"".join(tail).decode(errors="replace"),
-        seconds=time.monotonic() - started,
-        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        stalled=stalled,
+        ended.returncode, tail.text(), time.monotonic() - started, ended.peak_bytes, ended.stalled
     )
 
 
 def start(
     argv: Sequence[str | os.PathLike[str]], *, cwd: Path, env: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start a command that may outlive this process; what it prints is appended to ``log``.
+    """Start a command that may outlive this process; its output is appended to ``log``.
 
-    It gets a session of its own: neither the terminal's Ctrl-C nor its end reach it.
+    It gets a session of its own, so that neither Ctrl-C nor the end of the terminal reaches it.
     """
-    command = [os.fspath(part) for part in argv]
-    with log.open("ab") as output:
-        try:
-            return subprocess.Popen(
-                command,
+    with log.open("ab") as output, _not_found_is_a_failed_step(argv):
+        return subprocess.Popen(
+            [os.fspath(part) for part in argv],
+            cwd=cwd,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+class TailBuffer:
+    """Keeps the end of an output: at least ``keep_bytes`` of it, in the pieces that came."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+
+    def append(self, piece: bytes) -> None:
+        """Add a piece, and drop the oldest ones that are no longer needed."""
+        self._pieces.append(piece)
+        self._size += len(piece)
+        while self._size - len(self._pieces[0]) >= self._keep_bytes and len(self._pieces) > 1:
+            self._size -= len(self._pieces.popleft())
+
+    def text(self) -> str:
+        """The end of the output; bytes that are not UTF-8 are replaced."""
+        return b"".join(self._pieces).decode(errors="replace")
+
+
+class _Ended(msgspec.Struct, frozen=True):
+    returncode: int
+    peak_bytes: int
+    stalled: bool
+
+
+def _spawn(
+    argv: Sequence[str | os.PathLike[str]],
+    cwd: Path | None,
+    env: Mapping[str, str] | None,
+    in_terminal: bool,
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a child, and return it with the descriptor that its output can be read from."""
+    ours, theirs = _terminal() if in_terminal else os.pipe()
+    try:
+        with _not_found_is_a_failed_step(argv):
+            child = subprocess.Popen(
+                [os.fspath(part) for part in argv],
                 cwd=cwd,
-                env=dict(env),
+                env=clean_environ() if env is None else dict(env),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+                stdout=theirs,
+                stderr=theirs,
             )
-        except FileNotFoundError as error:
-            raise StepFailed(f"{error.filename or command[0]}: not found") from error
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    return child, ours
+
+
+def _pump(
+    child: subprocess.Popen[bytes],
+    output: int,
+    receivers: Sequence[Callable[[bytes], None]],
+    stall_seconds: float | None,
+) -> _Ended:
+    """Pass each piece of a child's output to the receivers, until the child has ended."""
+    last_output = time.monotonic()
+    stalled = False
+    ended = 0
+    try:
+        while not ended:
+            if select.select([output], [], [], _POLL_SECONDS)[0]:
+                piece = _read(output)
+                # At the end of the output the child may have closed it and still run.
+                if not piece:
+                    ended, status, usage = os.wait4(child.pid, 0)
+                    break
+                last_output = time.monotonic()
+                for receive in receivers:
+                    receive(piece)
+                continue
+            # What the child left running may hold the pipe open for ever.
+            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if not ended and stall_seconds and not stalled and time.monotonic() - last_output > stall_seconds:
+                stalled = True
+                end_tree([child.pid])
+        child.returncode = os.waitstatus_to_exitcode(status)
+    except BaseException:
+        end_tree([child.pid])
+        child.wait()
+        raise
+    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _Ended(child.returncode, peak_bytes, stalled)
+
+
+def _writer(file: BinaryIO) -> Callable[[bytes], None]:
+    """A receiver that writes each piece to a file at once, where others may follow it."""
+
+    def write(piece: bytes) -> None:
+        file.write(piece)
+        file.flush()
+
+    return write
+
+
+@contextlib.contextmanager
+def _not_found_is_a_failed_step(argv: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StepFailed(f"{error.filename or argv[0]}: not found") from error
 
 
 def uv() -> str:
-    """The uv that came with the project's own tools."""
+    """The uv that was installed with this project's tools."""
     from uv import find_uv_bin
 
     try:
         return os.fspath(find_uv_bin())
     except FileNotFoundError as error:
         raise StepFailed(
-            f"uv is not where its package says: {error}",
+            f"uv is missing from the project's tools: {error}",
             "install the project's tools again: README, Install",
         ) from error
 
 
 def end_tree(pids: Iterable[int], grace_seconds: float = 5.0) -> None:
-    """End processes and everything below them: ask first, then insist."""
+    """End processes and all their descendants: terminate them, and kill what is left after the grace."""
     import psutil
 
     tree: list[psutil.Process] = []
@@ -257,7 +312,7 @@ def end_tree(pids: Iterable[int], grace_seconds: float = 5.0) -> None:
             tree += [*root.children(recursive=True), root]
 
     def alive() -> list[psutil.Process]:
-        # Not psutil's own wait: it would reap our child, whose exit status is still wanted.
+        # psutil's own wait would reap a child of ours, whose exit status is still to be read.
         return [process for process in tree if process.is_running() and is_alive(process.pid)]
 
     for process in alive():
@@ -279,15 +334,15 @@ def is_alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:  # it is there, and is somebody else's
+    except psutil.AccessDenied:  # it runs, and belongs to another user
         return True
 
 
 def end_leftovers(mark: str) -> int:
-    """End what a killed run left running, found by the mark in its environment.
+    """End the processes of a killed run, which have its mark in their environment.
 
     Returns:
-        How many processes were ended.
+        The number of processes.
     """
     left = find_processes(lambda process: process.environ().get(RUN_MARK) == mark)
     end_tree(process.pid for process in left)
@@ -295,51 +350,52 @@ def end_leftovers(mark: str) -> int:
 
 
 def running_from(*directories: Path) -> list[int]:
-    """The processes whose program or script, as they were started, lies in one of these directories."""
+    """The ids of the processes whose program or script is in one of these directories."""
     prefixes = tuple(f"{directory}{os.sep}" for directory in directories)
     found = find_processes(lambda process: any(part.startswith(prefixes) for part in process.cmdline()[:2]))
     return sorted(process.pid for process in found)
 
 
-def find_processes(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-    """The processes besides this one that are wanted, of those that may be looked at."""
+def find_processes(matches: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """The processes that match, except this one and those that may not be inspected."""
     import psutil
 
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and wanted(process):
+            if process.pid != os.getpid() and matches(process):
                 found.append(process)
     return found
 
 
 class _OutputForwarder:
-    """Passes a child's output on to standard error.
+    """Forwards a child's output to standard error.
 
-    In a file or a CI log a progress bar would be written out once a redraw; there, only
-    what was left standing at the end of each line is passed on.
+    In a terminal it is forwarded as it is. In a file or a CI log each redraw of a progress bar
+    would become text; there, only what remains of each line at its end is forwarded.
     """
 
     def __init__(self) -> None:
-        self._whole = sys.stderr.isatty()
+        self._in_terminal = sys.stderr.isatty()
         self._line = b""
 
-    def __call__(self, piece: bytes) -> None:
-        if not self._whole:
+    def write(self, piece: bytes) -> None:
+        """Forward a piece of output."""
+        if not self._in_terminal:
             *lines, self._line = (self._line + piece).replace(b"\r\n", b"\n").split(b"\n")
             self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]
             piece = b"".join(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)
         sys.stderr.buffer.write(piece)
         sys.stderr.buffer.flush()
 
-    def finish(self) -> None:
-        """Pass on a last line that has no end: often the reason why a program failed."""
+    def close(self) -> None:
+        """Forward a last line without an end: often it says why a program failed."""
         if self._line:
-            self(b"\n")
+            self.write(b"\n")
 
 
 def _terminal() -> tuple[int, int]:
-    """A pseudo-terminal of our terminal's size: programs draw their progress bars in it."""
+    """A pseudo-terminal as large as our terminal, so that programs draw progress bars that fit."""
     import fcntl
     import termios
 
@@ -353,6 +409,6 @@ def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
     except OSError as error:
-        if error.errno == errno.EIO:  # Linux: how the end of a pseudo-terminal shows
+        if error.errno == errno.EIO:  # the end of a pseudo-terminal on Linux
             return b""
         raise

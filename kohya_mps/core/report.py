@@ -1,4 +1,4 @@
-"""Reports: one data structure, a table for a person and JSON for a program."""
+"""Reports: one data structure that is printed as a table for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 
 class Status(StrEnum):
-    """The verdict of one check."""
+    """The result of one check."""
 
     PASS = "pass"
     WARN = "warn"
@@ -22,7 +22,7 @@ class Status(StrEnum):
 class Check(msgspec.Struct, frozen=True):
     """One row of a report.
 
-    ``detail`` says what was found, ``fix`` what to type or change when that was not good.
+    ``detail`` says what was found, ``fix`` what to type or change if that is not good.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Check(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, name: str, good: bool, detail: str, fix: str = "") -> Check:
-        """A check that passes when ``good``; the fix is only told when it does not."""
+        """A check that passes if ``good``; only a failed one has the fix."""
         return cls(name, Status.PASS if good else Status.FAIL, detail, "" if good else fix)
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a command found: its checks, and what the command adds to them.
+    """What a command found.
 
-    ``extra`` holds further keys of the JSON; ``summary`` lines follow the table.
+    ``extra`` has further keys for the JSON; the lines of ``summary`` follow the table.
     """
 
     title: str
@@ -49,11 +49,11 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """No check failed; warnings and skipped checks are allowed."""
+        """Whether no check failed; warnings and skipped checks are allowed."""
         return all(check.status is not Status.FAIL for check in self.checks)
 
     def plus(self, checks: Iterable[Check]) -> Report:
-        """The same report with further checks at its end."""
+        """This report with further checks at its end."""
         return msgspec.structs.replace(self, checks=(*self.checks, *checks))
 
 
@@ -61,18 +61,18 @@ _STYLE = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", 
 
 
 def to_json(report: Report) -> str:
-    """The report as one JSON object: ``ok``, ``checks`` and what the command adds."""
+    """The report as one JSON object: ``ok``, ``checks`` and the keys of ``extra``."""
     data = {"ok": report.ok, "checks": report.checks, **report.extra}
     return msgspec.json.format(msgspec.json.encode(data)).decode()
 
 
 def show(report: Report) -> None:
-    """Print the report as a table to standard output, fixes in full below it."""
+    """Print the report as a table to standard output, with the fixes in full below it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # A file or a pipe has no width: a table cut to 80 columns would lose paths and commands.
+    # A file or a pipe has no width; in the default of 80 columns paths and commands would be wrapped.
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     table = Table(title=report.title, title_justify="left", title_style="bold")
     for column in ("check", "", "found"):
@@ -91,5 +91,5 @@ def show(report: Report) -> None:
 
 
 def say(line: str) -> None:
-    """Tell the person what happens now; standard error, so that JSON stays alone."""
+    """Print a line about the progress to standard error: standard output is for the report."""
     print(line, file=sys.stderr, flush=True)

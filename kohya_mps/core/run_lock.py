@@ -1,4 +1,4 @@
-"""The lock that one run at a time holds on an installation, and what runs from it."""
+"""The lock on an installation that one run at a time holds, and the processes that run from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .process import RUN_MARK, end_leftovers, is_alive, running_from
 
 
 class _Holder(msgspec.Struct, frozen=True):
-    """Who holds the installation; ``left`` are the marks of killed runs whose processes may still run."""
+    """Who holds the lock; ``left`` has the marks of killed runs whose processes may still run."""
 
     pid: int
     mark: str
@@ -28,10 +28,10 @@ class _Holder(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def exclusive_lock(home: Installation) -> Iterator[None]:
-    """Hold the installation; what a killed run left running is ended first.
+    """Hold the lock on an installation, after what a killed run left running was ended.
 
     Raises:
-        Busy: another run holds it; its end is not waited for.
+        Busy: another run holds it; this one does not wait for its end.
     """
     home.state.mkdir(parents=True, exist_ok=True)
     record = home.state / "holder.json"
@@ -41,7 +41,7 @@ def exclusive_lock(home: Installation) -> Iterator[None]:
         killed = _read_holder(record)
         left = (killed.mark, *killed.left) if killed else ()
         mark = uuid.uuid4().hex
-        # Before anything that takes time: a second run has to name this process.
+        # Written before anything that takes time: a second run has to name this process.
         write_atomic(record, msgspec.json.encode(_Holder(os.getpid(), mark, left)))
         for old in left:
             end_leftovers(old)
@@ -55,11 +55,11 @@ def exclusive_lock(home: Installation) -> Iterator[None]:
 
 
 def _take(lock: FileLock, home: Installation, record: Path) -> None:
-    """Take the lock, or name who has it."""
+    """Take the lock, or raise an error that names the process that has it."""
     holder: _Holder | None = None
-    # First not zero: `invoke status` takes the lock for a moment to see whether somebody has
-    # it. Then, while nobody alive has it, longer: a process that a killed run was about to
-    # start keeps the lock open until it has become its own program.
+    # The first timeout is not zero: `invoke status` takes the lock for a moment to see whether it
+    # is free. The second is for a killed run: a process that it was about to start keeps the lock
+    # open until it has become its own program.
     for seconds in (0.1, 2.0):
         try:
             lock.acquire(timeout=seconds, poll_interval=0.02)
@@ -76,13 +76,14 @@ def _take(lock: FileLock, home: Installation, record: Path) -> None:
 
 
 def check_unused(home: Installation, would: str) -> None:
-    """Refuse to change what a training, kohya's page or TensorBoard is running from.
+    """Refuse to change an environment that a training, kohya's page or TensorBoard runs from.
 
     Args:
-        would: what would be done to it, as it is put to the person.
+        home: the installation.
+        would: the end of the sentence "this would …", for the error.
 
     Raises:
-        Busy: a process runs from one of the home's environments.
+        Busy: a process runs from one of its environments.
     """
     if users := running_from(home.generations, home.venv):
         raise Busy(
@@ -92,14 +93,14 @@ def check_unused(home: Installation, would: str) -> None:
 
 
 def holder_pid(home: Installation) -> int | None:
-    """The process that holds the installation now, if any."""
+    """The id of the process that holds the lock now: ``None`` if it is free, 0 if it is not known."""
     if not (home.state / "lock").exists():
         return None
     lock = FileLock(home.state / "lock")
     try:
         lock.acquire(timeout=0)
     except OSError as error:
-        if not isinstance(error, Timeout):  # a home that cannot be written has nobody at work in it
+        if not isinstance(error, Timeout):  # nobody can work in a directory that cannot be written
             return None
         holder = _wait_for_holder(home.state / "holder.json")
         return holder.pid if holder else 0
@@ -108,7 +109,7 @@ def holder_pid(home: Installation) -> int | None:
 
 
 def _wait_for_holder(record: Path) -> _Holder | None:
-    """The run that holds the lock now; it writes its record a moment after it took the lock."""
+    """The run that holds the lock now. It writes its record a moment after it took the lock."""
     deadline = time.monotonic() + 1
     while True:
         holder = _read_holder(record)

@@ -17,7 +17,15 @@ import pytest
 
 from kohya_mps.core import process
 from kohya_mps.core.errors import StepFailed
-from kohya_mps.core.process import ProcessResult, capture, clean_environ, end_leftovers, end_tree, stream
+from kohya_mps.core.process import (
+    ProcessResult,
+    TailBuffer,
+    capture,
+    clean_environ,
+    end_leftovers,
+    end_tree,
+    stream,
+)
 
 
 def python(code: str) -> list[str]:
@@ -52,14 +60,23 @@ def wait_for(path: Path) -> int:
     raise AssertionError(f"{path} was not written")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "CONDA_PREFIX",
-     "CONDA_DEFAULT_ENV", "CONDA_EXE", "_CE_CONDA", "PIP_TARGET", "PIP_USER", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV",
-     "UV_PYTHON", "UV_TARGET", "UV_SYSTEM_PYTHON", "UV_TORCH_BACKEND", "UV_WORKING_DIR", "UV_VENV_SEED", "UV_PROJECT",
-     "UV_NO_VERIFY_HASHES", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_DEFAULT_HASH", "LD_PRELOAD",
-     "DYLD_INSERT_LIBRARIES", "PYENV_VERSION", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"],
-)  # fmt: skip
+LEAKS = [
+    "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT",
+    "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "CONDA_EXE", "_CE_CONDA", "MAMBA_ROOT_PREFIX", "PIPENV_ACTIVE",
+    "POETRY_ACTIVE", "PYENV_VERSION", "__PYVENV_LAUNCHER__", "PIP_TARGET", "PIP_USER", "PIP_PREFIX",
+    "PIP_REQUIRE_VIRTUALENV", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_SYSTEM_PYTHON", "UV_TARGET",
+    "UV_PREFIX", "UV_BREAK_SYSTEM_PACKAGES", "UV_CONSTRAINT", "UV_OVERRIDE", "UV_EXCLUDE",
+    "UV_EXCLUDE_NEWER", "UV_NO_BINARY", "UV_NO_BINARY_PACKAGE", "UV_NO_VERIFY_HASHES",
+    "UV_REQUIRE_HASHES", "UV_COMPILE_BYTECODE", "UV_TORCH_BACKEND", "UV_PROJECT", "UV_WORKING_DIR",
+    "UV_WORKING_DIRECTORY", "UV_VENV_SEED", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR",
+    "GIT_NAMESPACE", "GIT_DEFAULT_HASH", "LD_PRELOAD", "DYLD_INSERT_LIBRARIES", "ACCELERATE_USE_CPU",
+    "ACCELERATE_MIXED_PRECISION", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+    "MASTER_PORT",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAKS)
 def test_what_would_leak_another_python_or_repository_is_dropped(name: str) -> None:
     assert name not in clean_environ({name: "x", "PATH": "/bin"})
 
@@ -90,7 +107,7 @@ def test_a_directory_can_be_put_first_and_variables_added() -> None:
     assert made["PYTHONUNBUFFERED"] == "1"
 
 
-def test_children_are_scrubbed_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_have_a_clean_environment_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/leak")
     ask = python("import os; print(os.environ.get('PYTHONPATH', 'clean'))")
     assert capture(ask).stdout == "clean\n"
@@ -146,7 +163,30 @@ def test_the_exit_code_and_the_end_of_the_output_are_kept(tmp_path: Path) -> Non
     assert log.read_text().endswith("why it failed\x1b[0m\n")
 
 
-def test_a_process_ended_by_a_signal_is_told_as_such() -> None:
+def test_the_tail_keeps_as_much_as_it_must_and_drops_whole_pieces() -> None:
+    tail = TailBuffer(keep_bytes=4)
+    assert tail.text() == ""
+    tail.append(b"a long first piece")
+    assert tail.text() == "a long first piece"
+    for piece in (b"bc", b"d"):
+        tail.append(piece)
+    assert tail.text() == "a long first piecebcd"
+    tail.append(b"e")
+    assert tail.text() == "bcde"
+    tail.append(b"\xff")
+    assert tail.text() == "bcde\ufffd"
+
+
+def test_a_log_is_written_while_the_child_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    seen: list[str] = []
+    talk = python("print('first', flush=True); input_ = __import__('time').sleep(0.5); print('second')")
+    stream(talk, log=log, on_output=lambda _: seen.append(log.read_text()))
+    assert seen[-1] in ("first\n", "first\nsecond\n")
+    assert log.read_text() == "first\nsecond\n"
+
+
+def test_a_process_ended_by_a_signal_is_reported_as_such() -> None:
     finished = stream(python("import os; os.kill(os.getpid(), 9)"), on_output=lambda _: None)
     assert finished.returncode == -signal.SIGKILL
     assert finished.last_line == "(it printed nothing)"
@@ -354,7 +394,7 @@ def test_uv_is_the_one_of_the_projects_own_tools() -> None:
     assert capture([process.uv(), "--version"]).stdout.startswith("uv ")
 
 
-def test_a_missing_uv_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_uv_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_uv_bin() -> str:
         raise FileNotFoundError("/nowhere/uv")
 
