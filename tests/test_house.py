@@ -44,7 +44,6 @@ NO_TEST_FILE = {
     "kohya_mps/trainer_config/gui_json.py": "to be written",
     "kohya_mps/trainer_config/shell_words.py": "to be written",
     "kohya_mps/trainer_config/trainer_options.py": "to be written",
-    "devtools/bench.py": "to be written",
     "devtools/locks/upstream_file.py": "to be written",
     "devtools/rehearsal/binary.py": "to be written",
     "devtools/rehearsal/matrix.py": "to be written",

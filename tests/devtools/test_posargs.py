@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from devtools import bench, posargs, sandbox
+from devtools import posargs, sandbox
+from devtools.bench import parts
 from devtools.chaos import faults
 from devtools.locks import audit, cross_check, make, upstream
 from devtools.rehearsal import matrix, runner, wheel
@@ -14,7 +15,7 @@ from kohya_mps.core.report import Check, Report, Status
 
 PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "audit": audit.parse_options,
-    "bench": bench.parse_options,
+    "bench": parts.parse_options,
     "chaos": faults.parse_options,
     "cross_check": cross_check.parse_options,
     "lock": make.parse_options,

@@ -1,0 +1,1 @@
+"""Comparing this project with the bare tools: ``parts`` has the session, the other modules measure."""
