@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,12 +97,9 @@ def _check_device(begun: Begun, expected: str) -> Check:
 
 def _check_steps(steps: list[Step]) -> Iterator[Check]:
     first, last = steps[0], steps[-1]
-    yield Check.of(
-        "loss",
-        all(math.isfinite(step.loss) for step in steps),
-        f"{first.loss:.4f} in the first step, averages {first.average:.4f} to {last.average:.4f}",
-        "lower the learning rate",
-    )
+    # A loss that is not finite is never in the steps: it ends the run before (NotFinite).
+    losses = f"{first.loss:.4f} in the first step, averages {first.average:.4f} to {last.average:.4f}"
+    yield Check("loss", Status.PASS, losses)
     yield Check("pace", Status.PASS, f"{pace(steps):.2f} s per step")
 
 

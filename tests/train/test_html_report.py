@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +16,16 @@ import pytest
 from PIL import Image
 
 from kohya_mps.core import settings
+from kohya_mps.core.installation import Installation
 from kohya_mps.core.settings import Settings
-from kohya_mps.train import html_report, svg_chart
-from kohya_mps.train.runs import Resumption, Run
-from kohya_mps.train.svg_chart import Series
-from tests.support.training_runs import made, step_line
+from kohya_mps.install import receipt
+from kohya_mps.install.checkout import Commits
+from kohya_mps.install.generations import Generation
+from kohya_mps.install.receipt import Receipt, Verdict
+from kohya_mps.train import html_report
+from kohya_mps.train.runs import Process, Resumption, Run
+from tests.support.training_runs import begin, end, made, made_by_0_1_0, step_line
+from tests.support.world import World
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -34,8 +40,8 @@ def run(tmp_path: Path) -> Run:
     """A finished run of 30 steps with samples of two prompts at three moments."""
     run = made(tmp_path)
     run.steps_file.write_text("".join(step_line(n) for n in range(1, 31)))
-    run.begun_file.write_text('{"total": 30, "device": "cpu", "processes": 1, "pid": 1}')
-    run.ended_file.write_text('{"how": "finished", "step": 30, "error": ""}')
+    begin(run, total=30)
+    end(run, "finished", 30)
     run.log.write_text("all well\nWARNING   the <second> thing\nWARNING   the <second> thing\n")
     (tmp_path / "prompts.txt").write_text("# comment\na red circle --w 64\na <b>square\n")
     run.samples.mkdir()
@@ -47,17 +53,23 @@ def run(tmp_path: Path) -> Run:
 
 
 class Tags(HTMLParser):
-    """Counts tags and keeps everything that a browser would fetch."""
+    """A page as a browser reads it: its tags, its attributes, its text, and what it would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: Counter[str] = Counter()
+        self.attributes: set[str] = set()
         self.fetched: list[str] = []
+        self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
         self.fetched += [v or "" for n, v in attrs if n in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 def test_the_report_needs_nothing_but_itself(here: Settings, run: Run) -> None:
@@ -81,12 +93,137 @@ def test_it_has_the_curves_and_every_sample_in_its_place(here: Settings, run: Ru
     assert "a red circle" in text
 
 
-def test_what_comes_from_files_cannot_become_markup(here: Settings, run: Run) -> None:
+def hostile(field: str) -> str:
+    """Markup that is different for each field, with every character that HTML can stumble over."""
+    return f"""<x-{field} onload="alert('&')">&lt;{field}</x-{field}>"""
+
+
+def poison(here: Settings, run: Run) -> list[str]:
+    """Plant markup into every text of a run that somebody else can write; returns the fields."""
+    fields = []
+
+    def text(field: str) -> str:
+        fields.append(field)
+        return hostile(field)
+
+    commits = Commits(text("kohya"), text("scripts"))
+    record = msgspec.structs.replace(
+        run.record(), name=text("name"), settings=text("settings-file"), model=text("model"),
+        trainer=text("trainer"), expected_device=text("expected"), started=text("started"),
+        profile=text("profile"), lock=text("lock"), accelerate_config=text("config"),
+        packages={text("package"): text("version")}, commits=commits,
+    )  # fmt: skip
+    run.save(record)
+    begin(run, total=30, device=text("device"))
+    step = json.loads(step_line(31)) | {"rates": {text("rate"): 1e-4}}
+    with run.steps_file.open("a") as file:
+        file.write(json.dumps(step) + "\n")
+    end(run, "failed", 31, f"ValueError: {text('error')}")
+    run.settings.write_text(f"# {text('setting')}\n{run.settings.read_text()}")
+    run.log.write_text(f"WARNING {text('log')}\n")
+    (Path(record.base) / "prompts.txt").write_text(f"{text('prompt')}\n")
+    run.rendered.mkdir()
+    for name in ("with", "without"):
+        Image.new("RGB", (8, 8)).save(run.rendered / f"{name}.png")
+    (run.rendered / "prompt.txt").write_text(text("compared"))
+    (run.output / f"a<b>&{text('lora').replace('/', '|')}.safetensors").touch()
+    generation = Generation(Installation(here.home).generations / record.generation)
+    generation.path.mkdir(parents=True)
+    verdict = Verdict(True, text("verified-at"), "", text("verified-on"), ())
+    receipt.save(
+        generation,
+        Receipt(
+            generation="g", profile="p", lock="", python="", interpreter="",
+            distributions={text("distribution"): text("distribution-version")},
+            url="", commits=None, mixed_precision="no", accelerate_config="", default_config_path="",
+            default_config="", smoke=None, train_step=verdict, seconds={}, written="",
+        ),
+    )  # fmt: skip
+    return fields
+
+
+def test_nothing_that_comes_from_a_file_becomes_markup_and_all_of_it_is_shown(
+    here: Settings, tmp_path: Path, run: Run
+) -> None:
+    clean = Tags(html_report.html(here, run))
+    folder = tmp_path / "runs" / "<x-path>&"
+    run.path.rename(folder)
+    run = Run(folder)
+    fields = poison(here, run)
+
+    page = Tags(html_report.html(here, run))
+
+    # "details" and "summary" hold the packages of the receipt.
+    assert set(page.tags) <= set(clean.tags) | {"details", "summary"}
+    assert page.attributes <= clean.attributes
+    shown = page.text.replace("|", "/")
+    assert [field for field in fields if hostile(field) not in shown] == []
+    assert "<x-path>&" in shown
+
+
+def test_what_a_run_names_is_escaped_once(here: Settings, run: Run) -> None:
     text = html_report.html(here, run)
 
-    assert "<b>square" not in text
-    assert "# &lt;b&gt;mine&lt;/b&gt;" in text
+    assert "a <b>square" in Tags(text).text
+    assert "# <b>mine</b>" in Tags(text).text
     assert text.count("the &lt;second&gt; thing") == 1
+    assert "&amp;lt;" not in text
+
+
+def test_a_training_on_another_device_is_shown_as_a_failure(here: Settings, run: Run) -> None:
+    begin(run, device="cuda:0")
+
+    text = html_report.html(here, run)
+
+    assert '<tr><th>training device</th><td class="fail">fail</td>' in text
+    assert "cuda:0, 1 process, expected cpu" in text
+
+
+def test_a_run_that_is_still_running_has_a_report_that_says_so(
+    here: Settings, tmp_path: Path, run: Run
+) -> None:
+    run.ended_file.unlink()
+    run.save(msgspec.structs.replace(run.record(), process=Process.of(os.getpid())))
+
+    text = html_report.html(here, run)
+
+    assert "running, at step 30 of 30" in text
+    assert "The training was running when this was written." in text
+
+
+def test_a_run_of_version_0_1_0_has_a_report(here: Settings, world: World) -> None:
+    run = made_by_0_1_0(world.root, world.toml(), world.model)
+
+    report = html_report.report(here, run.path)
+
+    text = run.report.read_text()
+    assert report.ok
+    for expected in (
+        "old_cat",
+        "stopped after step 4 of 6",
+        "resumed after step 2",
+        "old and known",
+        "3" * 40,
+    ):
+        assert expected in text
+
+
+def test_a_warning_is_shown_once_and_without_the_colours_of_a_terminal(here: Settings, run: Run) -> None:
+    run.log.write_text("\x1b[33mWARNING\x1b[0m   bad\nsteps: 1%\rUserWarning: worse\nWARNING   bad\nfine\n")
+
+    text = html_report.html(here, run)
+
+    assert "<pre>\nWARNING   bad\nUserWarning: worse</pre>" in text
+
+
+def test_many_warnings_are_counted(here: Settings, run: Run) -> None:
+    run.log.write_text("".join(f"WARNING {n}\n" for n in range(45)))
+
+    text = html_report.html(here, run)
+
+    assert "WARNING 39" in text
+    assert "WARNING 40" not in text
+    assert "and 5 more in the log" in text
 
 
 def test_settings_versions_and_digests_are_in_it(here: Settings, run: Run) -> None:
@@ -151,29 +288,3 @@ def test_a_browser_without_a_network_shows_it(here: Settings, run: Run, tmp_path
     # The six samples' colours, and the line of the average.
     assert {(60 * n, 90 * p, 200) for n in range(3) for p in (0, 1)} <= present
     assert (37, 99, 235) in present
-
-
-def test_a_chart_leaves_out_what_is_not_finite() -> None:
-    drawn = svg_chart.lines("t", [Series("s", [(1, 1.0), (2, math.nan), (3, math.inf), (4, 2.0)], "one")])
-
-    points = re.findall(r'points="([^"]+)"', drawn)[0].split()
-    assert len(points) == 2
-    assert "nan" not in drawn
-    assert "inf" not in drawn
-
-
-def test_a_chart_of_many_points_keeps_the_peaks() -> None:
-    values = [(n, 100.0 if n == 77_777 else 1.0 + n % 2) for n in range(100_000)]
-
-    drawn = svg_chart.lines("t", [Series("s", values, "one")])
-
-    points = [tuple(map(float, p.split(","))) for p in re.findall(r'points="([^"]+)"', drawn)[0].split()]
-    assert len(points) < 2000
-    assert min(y for _, y in points) < 15
-
-
-def test_a_constant_is_a_level_line() -> None:
-    drawn = svg_chart.lines("t", [Series("s", [(1, 3.0), (2, 3.0)], "one")])
-
-    ys = {p.split(",")[1] for p in re.findall(r'points="([^"]+)"', drawn)[0].split()}
-    assert len(ys) == 1
