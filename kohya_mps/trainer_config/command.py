@@ -66,7 +66,8 @@ class _Training(msgspec.Struct, frozen=True):
     def named(self, name: str) -> list[Option]:
         """The options that set this; argparse takes the last one."""
         if name == "launch_cpu":
-            return [option for option in self.launcher if option.name in {"cpu", "use_cpu"}]
+            # Flags: a script that stands after one is not its value.
+            return [Option(o.words[:1]) for o in self.launcher if o.name in {"cpu", "use_cpu"}]
         return [option for option in self.options if option.name == name]
 
 

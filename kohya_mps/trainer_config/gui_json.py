@@ -251,7 +251,7 @@ def _note(change: Edit, what: str) -> str:
 
 def _members(text: str) -> Iterator[_Member]:
     """The members of the outermost object of a valid JSON text."""
-    decoder = json.JSONDecoder(parse_int=str)  # int() refuses numbers of 4300 digits
+    decoder = json.JSONDecoder()
     blank = re.compile(r"[\s,:]*")
 
     def skip(at: int) -> int:

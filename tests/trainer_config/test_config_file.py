@@ -1,16 +1,15 @@
-"""What people really have: TOML, the GUI's JSON and pasted commands become the trainers' settings."""
+"""Which of the formats a file has, where its paths begin, and what is refused."""
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
+from kohya_mps.trainer_config.config_file import ConfigFile, Kind, base_directory, read, resolve_path
 from kohya_mps.trainer_config.contents import LARGEST_BYTES
-from kohya_mps.trainer_config.trainer_options import parse_options
 
 
 def written(path: Path, text: str) -> ConfigFile:
@@ -43,131 +42,6 @@ def test_a_dataset_configuration_is_told_from_a_training(tmp_path: Path) -> None
     assert file.settings == {"dataset_config": str(tmp_path / "d.toml")}
 
 
-GUI = {
-    "LoRA_type": "LyCORIS/LoHa",
-    "optimizer": "AdamW",
-    "xformers": "sdpa",
-    "max_resolution": "768,768",
-    "mixed_precision": "no",
-    "sdxl": True,
-    "sdxl_no_half_vae": True,
-    "conv_dim": 4,
-    "max_train_steps": 0,
-    "epoch": "3",
-    "gradient_checkpointing": 1,
-    "fp8_base": False,
-    "vae": "",
-    "train_batch_size": "2",
-    "additional_parameters": '--min_snr_gamma=5 --network_train_unet_only --validation_split "0.1"',
-}
-
-
-def test_the_guis_json_is_what_the_gui_would_tell_the_trainer(tmp_path: Path) -> None:
-    file = written(tmp_path / "g.json", json.dumps(GUI))
-    training, wrong = parse_options(file.settings, numbers_as_text=file.numbers_as_text)
-
-    assert file.kind is Kind.GUI
-    assert file.trainer == "sdxl_train_network.py"
-    assert not wrong
-    assert (training.sdpa, training.xformers) == (True, False)
-    assert training.network_module == "lycoris.kohya"
-    assert training.network_options == {"algo": "loha", "conv_dim": "4"}
-    assert training.resolution == "768,768"
-    assert training.no_half_vae
-    assert training.gradient_checkpointing
-    assert training.train_batch_size == 2
-    assert training.max_train_epochs == 3
-    assert training.network_train_unet_only
-    assert training.validation_split == 0.1
-
-
-def test_what_a_json_leaves_out_has_the_guis_defaults_and_is_said(tmp_path: Path) -> None:
-    file = written(tmp_path / "g.json", json.dumps({"LoRA_type": "Standard", "max_resolution": "512,512"}))
-
-    assert file.settings["mixed_precision"] == "fp16"
-    assert file.settings["xformers"] is True
-    assert file.settings["optimizer_type"] == "AdamW"
-    assert any("mixed_precision = fp16" in note for note in file.notes)
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_old_jsons_say_xformers_with_a_truth_value(old: bool, tmp_path: Path) -> None:
-    file = written(tmp_path / "g.json", json.dumps({**GUI, "xformers": old}))
-
-    assert file.settings.get("xformers", False) is old
-
-
-def test_the_guis_own_config_toml_is_read_like_its_json(tmp_path: Path) -> None:
-    file = written(
-        tmp_path / "config.toml",
-        '[model]\nsave_precision = "bf16"\n[accelerate_launch]\nmixed_precision = "bf16"\n'
-        '[basic]\noptimizer = "Lion"\nmax_resolution = "512,512"\n',
-    )
-
-    assert file.kind is Kind.GUI_DEFAULTS
-    assert file.settings["optimizer_type"] == "Lion"
-    assert file.settings["mixed_precision"] == "bf16"
-
-
-SHELL = """#!/bin/sh
-# my training
-export MODEL="/models/my model.safetensors"
-cd /somewhere && PYTORCH_ENABLE_MPS_FALLBACK=1 accelerate launch --num_cpu_threads_per_process=2 \\
-  "./sd-scripts/sdxl_train_network.py" \\
-  --pretrained_model_name_or_path="$MODEL" --train_data_dir '/data/it''s' \\
-  --network_module=networks.lora --network_args "conv_dim=4" "conv_alpha=1" \\
-  --xformers --max_train_steps 100 --output_dir $ELSEWHERE/out  # not yet
-"""
-
-
-def test_a_shell_command_with_all_its_trimmings(tmp_path: Path) -> None:
-    file = written(tmp_path / "train.sh", SHELL)
-
-    assert file.kind is Kind.COMMAND
-    assert file.trainer == "sdxl_train_network.py"
-    assert file.settings["pretrained_model_name_or_path"] == "/models/my model.safetensors"
-    assert file.settings["train_data_dir"] == "/data/its"
-    assert file.settings["network_args"] == ["conv_dim=4", "conv_alpha=1"]
-    assert file.settings["xformers"] is True
-    assert file.settings["max_train_steps"] == "100"
-    assert "output_dir" not in file.settings
-    assert "output_dir" in file.notes[0]
-
-
-def test_a_powershell_command_keeps_its_backslashes(tmp_path: Path) -> None:
-    file = written(
-        tmp_path / "train.ps1",
-        '$model = "D:\\models\\a.ckpt"\n$steps = [Math]::Ceiling(10 / 3)\n'
-        "accelerate launch D:\\kohya_ss\\train_network.py `\n  --pretrained_model_name_or_path=$model `\n"
-        '  --train_data_dir "D:\\my data" --max_train_steps=$steps\n',
-    )
-
-    assert file.trainer == "train_network.py"
-    assert file.settings["pretrained_model_name_or_path"] == "D:\\models\\a.ckpt"
-    assert file.settings["train_data_dir"] == "D:\\my data"
-    assert "max_train_steps" not in file.settings
-
-
-def test_a_command_without_an_ending_in_its_name_is_told_by_its_content(tmp_path: Path) -> None:
-    assert written(tmp_path / "note", SHELL).kind is Kind.COMMAND
-    assert written(tmp_path / "options", "--sdpa --train_batch_size 2 --seed 4").kind is Kind.COMMAND
-
-
-def test_the_toml_that_a_command_names_is_read_and_the_command_wins(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('mixed_precision = "fp16"\nsdpa = true\n')
-    file = written(tmp_path / "t.sh", "python train_network.py --config_file c --mixed_precision no")
-
-    assert file.settings["mixed_precision"] == "no"
-    assert file.settings["sdpa"] is True
-
-
-def test_of_several_trainings_the_first_is_taken_and_that_is_said(tmp_path: Path) -> None:
-    file = written(tmp_path / "t.sh", "python train_network.py --seed 1\npython train_db.py --seed 2\n")
-
-    assert file.trainer == "train_network.py"
-    assert "2 training commands" in file.notes[0]
-
-
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
@@ -196,8 +70,6 @@ def test_what_is_none_of_them_is_refused_with_the_reason(
     with pytest.raises(UsageError) as refused:
         read(tmp_path / name)
 
-    import re
-
     assert re.search(said, str(refused.value))
 
 
@@ -207,11 +79,57 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
             read(path)
 
 
-def test_text_for_numbers_is_wrong_in_toml_and_right_on_a_command_line() -> None:
-    strict, wrong = parse_options({"train_batch_size": "2", "resolution": 512}, numbers_as_text=False)
-    lenient, right = parse_options({"train_batch_size": "2", "resolution": 512}, numbers_as_text=True)
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.toml", "sdpa = true", Kind.TOML),
+        ("a", "sdpa = true", Kind.TOML),
+        ("a.TOML", "note = '--sdpa --seed'\nsdpa = true", Kind.TOML),
+        ("a", "[train]\nnote = ' --sdpa'\nsdpa = true", Kind.TOML),
+        ("a", "sdpa = true # --sdpa --xformers", Kind.TOML),
+        ("a", ' {"xformers": "sdpa", "LoRA_type": "Standard"}', Kind.GUI),
+        ("a.JSON", '{"xformers": "sdpa", "LoRA_type": "Standard"}', Kind.GUI),
+        ("a", "python train_network.py --sdpa", Kind.COMMAND),
+        ("a.SH", "python train_network.py", Kind.COMMAND),
+        ("a.toml", '[basic]\noptimizer = "Lion"\n[model]\nmax_resolution = "5"', Kind.GUI_DEFAULTS),
+        ("a.toml", "[basic]\nsdpa = true\nseed = 1", Kind.TOML),
+        ("a.toml", 'max_resolution = "512"', Kind.TOML),
+        ("a.toml", "datasets = 5\nsdpa = true", Kind.TOML),
+    ],
+)
+def test_a_format_is_recognized_by_the_name_then_by_the_text(
+    name: str, text: str, kind: Kind, tmp_path: Path
+) -> None:
+    assert written(tmp_path / name, text).kind is kind
 
-    assert {w.name for w in wrong} == {"train_batch_size", "resolution"}
-    assert (strict.train_batch_size, strict.resolution) == (1, "")
-    assert not right
-    assert (lenient.train_batch_size, lenient.resolution) == (2, "512")
+
+def test_only_the_trainers_own_toml_must_have_numbers_as_numbers(tmp_path: Path) -> None:
+    assert not written(tmp_path / "a.toml", "sdpa = true").numbers_as_text
+    assert written(tmp_path / "a.sh", "python train_network.py").numbers_as_text
+
+
+def test_paths_begin_beside_the_file_unless_they_exist_only_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, own = tmp_path / "here", tmp_path / "own"
+    (here / "pictures").mkdir(parents=True)
+    (own / "data").mkdir(parents=True)
+    monkeypatch.chdir(here)
+
+    def base(text: str) -> Path:
+        return base_directory(written(own / "a.toml", text))
+
+    assert base("train_data_dir = 'pictures'") == here
+    assert base("train_data_dir = 'pictures'\nreg_data_dir = 'data'") == here
+    assert base("train_data_dir = 'data'") == own
+    assert base("train_data_dir = 'nowhere'") == own
+    assert base("train_data_dir = 5\nseed = 1") == own
+    (own / "pictures").mkdir()
+    assert base("train_data_dir = 'pictures'") == own
+
+
+def test_a_path_is_expanded_and_begins_at_the_base(tmp_path: Path) -> None:
+    assert resolve_path("a/b", tmp_path) == tmp_path / "a" / "b"
+    assert resolve_path("/a", tmp_path) == Path("/a")
+    assert resolve_path("~/a", tmp_path) == Path.home() / "a"
+    assert resolve_path("~no-such-user/a", tmp_path) == tmp_path / "~no-such-user" / "a"
