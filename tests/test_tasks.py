@@ -50,7 +50,7 @@ def test_the_list_shows_each_task_with_what_it_does(tasks: Collection) -> None:
         assert first_line.endswith(".")
 
 
-def test_every_option_is_explained_and_none_is_a_single_dash_of_chance(tasks: Collection) -> None:
+def test_every_option_is_explained(tasks: Collection) -> None:
     for name in tasks.task_names:
         for argument in tasks[name].get_arguments():
             assert argument.help, f"{name} --{argument.name}"
@@ -66,10 +66,10 @@ def test_listing_imports_nothing_of_the_package() -> None:
 def test_a_wrong_commit_ends_with_2_and_json_alone_on_standard_output(task: str, home: Path) -> None:
     done = invoke(task, "--json", KOHYA_COMMIT="master")
     assert done.returncode == 2
-    told = json.loads(done.stdout)
-    assert told["ok"] is False
-    assert "KOHYA_COMMIT" in told["checks"][0]["detail"]
-    assert "40 hexadecimal digits" in told["checks"][0]["fix"]
+    reported = json.loads(done.stdout)
+    assert reported["ok"] is False
+    assert "KOHYA_COMMIT" in reported["checks"][0]["detail"]
+    assert "40 hexadecimal digits" in reported["checks"][0]["fix"]
     assert done.stderr.startswith("error: KOHYA_COMMIT")
     assert "Traceback" not in done.stderr
     assert not home.exists()
@@ -95,7 +95,7 @@ def test_what_needs_an_installation_says_how_to_get_one(arguments: tuple[str, ..
 @pytest.mark.parametrize(
     "arguments", [("configure", "--processes", "two"), ("tensorboard", "run", "--port", "many")]
 )
-def test_a_number_that_is_none_ends_with_2_and_is_named(arguments: tuple[str, ...], home: Path) -> None:
+def test_a_flag_that_needs_a_number_ends_with_2_without_one(arguments: tuple[str, ...], home: Path) -> None:
     done = invoke(*arguments)
     assert done.returncode == 2
     assert f"{arguments[-2]}: found '{arguments[-1]}'" in done.stderr
@@ -115,17 +115,17 @@ def test_a_home_that_cannot_be_used_ends_with_2(home: Path) -> None:
     assert home.read_text() == "a file"
 
 
-def test_no_git_is_told_before_anything_is_touched(home: Path, tmp_path: Path) -> None:
+def test_a_missing_git_is_reported_before_anything_is_touched(home: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     done = invoke("setup", "--json", PATH=str(tmp_path / "bin"))
     assert done.returncode == 1
-    told = json.loads(done.stdout)
-    assert "git was not found" in told["checks"][0]["detail"]
-    assert told["checks"][0]["fix"]
+    reported = json.loads(done.stdout)
+    assert "git was not found" in reported["checks"][0]["detail"]
+    assert reported["checks"][0]["fix"]
     assert not home.exists()
 
 
-def test_clone_brings_the_checkout_and_says_so_as_json(home: Path, upstream: Upstream) -> None:
+def test_clone_makes_the_checkout_and_reports_it_as_json(home: Path, upstream: Upstream) -> None:
     variables = {"KOHYA_REPO_URL": str(upstream.kohya_ss), "KOHYA_COMMIT": upstream.old}
     first = invoke("clone", "--json", **variables)
     assert first.returncode == 0, first.stderr
@@ -153,7 +153,7 @@ def test_local_changes_are_refused_with_2_and_put_away_with_the_flag(home: Path,
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_with_130_says_how_to_go_on_and_leaves_no_process(
+def test_an_interruption_ends_with_130_says_how_to_continue_and_leaves_no_process(
     sent: signal.Signals, home: Path, upstream: Upstream
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

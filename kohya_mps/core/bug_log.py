@@ -1,4 +1,4 @@
-"""The log of an unexpected error: what somebody needs who has to find the bug."""
+"""The log of an unexpected error, for a bug report."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .files import write_atomic
 def write(error: Exception) -> Path:
     """Write a log of an error with versions, the command line and the traceback.
 
-    It lies in the user's directory for logs. Names, passwords and the path of the user's
-    home are left out, because the log is made to be published.
+    The file is in the user's directory for logs. It has no names and passwords of URLs and no
+    path of the user's home, because people publish it.
 
     Raises:
         OSError: it cannot be written.

@@ -50,12 +50,12 @@ def _refuse_dry() -> int:
 
 
 def parse_int(flag: str, value: str) -> int:
-    """The whole number that a flag was given.
+    """Convert the value of a flag to a whole number.
 
-    invoke could convert it, but answers a wrong one with a traceback.
+    invoke could convert it, but would answer a wrong one with a traceback.
 
     Raises:
-        UsageError: the value is no whole number.
+        UsageError: it is not a whole number.
     """
     try:
         return int(value)
@@ -115,7 +115,7 @@ def _bug(error: Exception) -> KohyaError:
     what = f"This is a bug in kohya-mps: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
     try:
         log = bug_log.write(error)
-    except OSError:
+    except Exception:  # no log can be written; the bug may be in what writes it
         traceback.print_exception(error)
         return StepFailed(what, "attach the lines above to an issue")
     if os.environ.get("CI"):  # the machine, and the log with it, will be gone

@@ -1,4 +1,4 @@
-"""Settings: what ``config/`` says, with what overrides it, validated when it is read."""
+"""Settings: the values of ``config/`` and what overrides them, validated when they are read."""
 
 from __future__ import annotations
 

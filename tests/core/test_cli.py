@@ -77,7 +77,7 @@ def test_an_error_is_printed_without_a_traceback_and_as_json(
     assert reported["checks"][0]["fix"] == "fix"
 
 
-def test_an_interruption_ends_with_130_and_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_ends_with_130_and_says_how_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(failing(KeyboardInterrupt())) == 130
     assert "same command" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ def refused(home: Installation) -> str:
     return str(caught.value)
 
 
-def test_a_new_place_an_empty_one_and_a_checkout_are_good(home: Installation) -> None:
+def test_a_new_directory_an_empty_one_and_a_checkout_are_accepted(home: Installation) -> None:
     check_location(home)
     home.root.mkdir(parents=True)
     check_location(home)
@@ -35,7 +35,7 @@ def test_a_new_place_an_empty_one_and_a_checkout_are_good(home: Installation) ->
     check_location(home)
 
 
-def test_a_file_and_a_place_below_a_file_are_refused(home: Installation) -> None:
+def test_a_file_and_a_path_below_a_file_are_refused(home: Installation) -> None:
     home.root.touch()
     assert "is not a directory" in refused(home)
     assert "is not a directory" in refused(Installation(home.root / "below" / "it"))
@@ -60,7 +60,7 @@ def test_a_directory_with_something_else_in_it_is_refused_with_what_it_holds(hom
     assert "KOHYA_HOME" in message
 
 
-def test_a_checkout_whose_repository_was_being_replaced_is_no_stranger(home: Installation) -> None:
+def test_a_checkout_whose_repository_was_being_replaced_is_accepted(home: Installation) -> None:
     home.root.mkdir()
     (home.root / "kohya_gui.py").touch()
     assert "kohya_gui.py" in refused(home)
@@ -69,7 +69,7 @@ def test_a_checkout_whose_repository_was_being_replaced_is_no_stranger(home: Ins
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_place_that_cannot_be_written_is_refused(home: Installation, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_refused(home: Installation, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         assert "not writable" in refused(home)
@@ -77,14 +77,14 @@ def test_a_place_that_cannot_be_written_is_refused(home: Installation, tmp_path:
         tmp_path.chmod(0o700)
 
 
-def test_a_place_that_says_it_cannot_be_written_is_refused(
+def test_a_directory_that_the_system_calls_unwritable_is_refused(
     home: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "not writable" in refused(home)
 
 
-def test_a_place_below_a_directory_of_everybodys_is_refused(tmp_path: Path) -> None:
+def test_a_path_below_a_directory_that_everybody_can_write_is_refused(tmp_path: Path) -> None:
     shared = tmp_path / "shared by all"
     shared.mkdir()
     shared.chmod(0o777)
@@ -94,7 +94,7 @@ def test_a_place_below_a_directory_of_everybodys_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a directory away")
-def test_a_place_of_another_user_is_refused(home: Installation) -> None:
+def test_a_directory_of_another_user_is_refused(home: Installation) -> None:
     home.generations.mkdir(parents=True)
     os.chown(home.generations, 12345, -1)
     message = refused(home)
@@ -104,7 +104,7 @@ def test_a_place_of_another_user_is_refused(home: Installation) -> None:
     check_location(home)
 
 
-def test_a_place_of_a_foreign_group_is_refused_and_of_the_users_own_is_not(
+def test_a_directory_that_another_group_can_write_is_refused_and_the_users_own_group_is_not(
     home: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.root.mkdir()

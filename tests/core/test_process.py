@@ -131,7 +131,7 @@ def test_capture_returns_both_outputs_and_the_status() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 3)
 
 
-def test_output_that_is_no_text_does_not_stop_a_step() -> None:
+def test_output_that_is_not_utf8_does_not_stop_a_step() -> None:
     show = python("import sys; sys.stdout.buffer.write(b'a\\xffb')")
     assert capture(show).stdout == "a\ufffdb"
     assert stream(show, on_output=lambda _: None).tail == "a\ufffdb"
@@ -262,7 +262,7 @@ def test_a_failure_of_the_reader_ends_the_child(tmp_path: Path) -> None:
     assert gone(wait_for(file))
 
 
-def test_a_process_that_does_not_listen_is_killed() -> None:
+def test_a_process_that_ignores_the_request_to_end_is_killed() -> None:
     deaf = subprocess.Popen(
         python("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(600)"),
         stdout=subprocess.PIPE,

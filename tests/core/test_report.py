@@ -17,7 +17,7 @@ def test_warnings_and_skipped_checks_are_good_and_a_failure_is_not() -> None:
     assert make().ok
 
 
-def test_a_check_that_passes_tells_no_fix() -> None:
+def test_a_check_that_passes_has_no_fix() -> None:
     assert Check.of("n", True, "d", "f") == Check("n", Status.PASS, "d", "")
     assert Check.of("n", False, "d", "f") == Check("n", Status.FAIL, "d", "f")
 

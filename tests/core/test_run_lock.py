@@ -23,7 +23,7 @@ from kohya_mps.core.run_lock import exclusive_lock
 
 ROOT = Path(__file__).parents[2]
 
-# Holds the home given as its argument, starts a process below it, and waits.
+# Holds the lock of the home that its argument names, starts a child, and waits.
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_the_run_that_holds_the_home_is_named_and_not_a_killed_one_before_it(hom
             process.stdout.close()
 
 
-def test_a_look_at_the_lock_does_not_turn_a_run_away(
+def test_a_run_starts_although_another_command_tests_the_lock_for_a_moment(
     home: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`invoke status` holds the lock for the moment that it takes to see whether it is free."""

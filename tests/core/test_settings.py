@@ -139,7 +139,7 @@ def test_a_mistake_in_a_profile_is_named_as_well(
 
 
 @pytest.mark.parametrize("commit", ["5536d3b", "master", "v25.0.0", "g" * 40, "a" * 41, "-" * 40])
-def test_a_commit_that_is_no_full_id_is_refused_and_its_origin_named(
+def test_a_commit_that_is_not_a_full_id_is_refused_and_its_origin_named(
     config: Path, commit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "--commit" in refused(config, commit=commit)

@@ -1,4 +1,4 @@
-"""Explaining logs: of any size, wrapped, coloured, redrawn, cut into pieces at any place."""
+"""Explaining logs of any size: wrapped, coloured, redrawn, and cut into pieces anywhere."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_the_latest_failure_comes_first_with_its_last_line() -> None:
     ]
 
 
-@pytest.mark.parametrize("place", [0, 1, 100, 16 * 1024, (1 << 20) - 30, 1 << 20, (1 << 20) + 5])
-def test_a_failure_is_found_wherever_the_pieces_are_cut(place: int) -> None:
-    log = b"x" * place + b"\n" + FP16 + b"\n" + b"y\n" * 700_000
+@pytest.mark.parametrize("offset", [0, 1, 100, 16 * 1024, (1 << 20) - 30, 1 << 20, (1 << 20) + 5])
+def test_a_failure_is_found_wherever_the_pieces_are_cut(offset: int) -> None:
+    log = b"x" * offset + b"\n" + FP16 + b"\n" + b"y\n" * 700_000
 
     assert found(log) == [("fp16", 2)]
 
@@ -69,13 +69,13 @@ def test_what_stands_before_decides_between_two_failures_with_one_message() -> N
     assert found(b"in sample_images" + b"." * 5000 + message) == [("cuda-asked-for", 2)]
 
 
-def test_of_two_entries_that_one_line_shows_the_special_one_is_told() -> None:
+def test_of_two_entries_that_one_line_shows_the_specific_one_is_reported() -> None:
     log = b"ImportError: cannot import name 'cached_download' from 'huggingface_hub'"
 
     assert found(log) == [("hub-cached-download", 1)]
 
 
-def test_the_last_error_of_an_unknown_failure_is_told() -> None:
+def test_the_last_error_of_an_unknown_failure_is_reported() -> None:
     report = log_search.report(
         log_search.search(io.BytesIO(b"KeyError: 'a'\n  x\nfoo.BarError: what\n")), "a.log"
     )
@@ -84,7 +84,7 @@ def test_the_last_error_of_an_unknown_failure_is_told() -> None:
     assert "foo.BarError: what" in report.checks[0].detail
 
 
-def test_cause_remedy_and_source_are_told() -> None:
+def test_cause_remedy_and_source_are_reported() -> None:
     report = log_search.report(log_search.search(io.BytesIO(FP16)), "a.log")
 
     assert report.ok
@@ -151,7 +151,7 @@ def test_invoke_takes_a_log_or_standard_input(arguments: list[str], tmp_path: Pa
     assert b"fp16 mixed precision requires a GPU" in done.stdout
 
 
-def test_what_is_a_failure_on_another_device_is_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_another_device_is_not_reported_here(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "accelerator device: cpu"
     monkeypatch.setattr(log_search, "expected_device", lambda: "cpu")
     assert not log_search.print_known_failures(line)

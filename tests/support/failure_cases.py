@@ -1,7 +1,7 @@
-"""For every known failure: what it must catch, and a near miss that it must let pass.
+"""For every known failure: a case that must be caught, and a near miss that must pass.
 
-``tests/test_failures.py`` fails for an entry of ``config/failures.yaml`` that has no case
-for one of the ways in which it can be seen.
+``tests/known_failures/test_catalogue.py`` fails for an entry of ``config/failures.yaml`` that
+has no case for its settings, its environment or its log.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Make = Callable[[World], Path]
 
 
 class Preflight(msgspec.Struct, frozen=True):
-    """A file that the world makes; judged for the first device of the entry unless one is named."""
+    """A file for preflight, and its options; the device is the first of the entry unless one is named."""
 
     make: Make
     device: str = ""
@@ -28,14 +28,14 @@ class Preflight(msgspec.Struct, frozen=True):
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """What must be caught, and what must pass."""
+    """A case that must be caught, and one that must pass."""
 
     caught: Any
     passes: Any
 
 
 class Cases(msgspec.Struct, frozen=True):
-    """The pairs of one entry, one for each way in which it can be seen."""
+    """The pairs of one entry: for its settings, its environment and its log."""
 
     settings: Pair | None = None
     environment: Pair | None = None
