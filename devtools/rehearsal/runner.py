@@ -92,7 +92,9 @@ def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
         "Train a few steps on a simulated MPS device and report what a Mac would make of it.",
         epilog="What follows a second -- is given to kohya's trainer: nox -s rehearse -- -- --loss_type huber",
     )
-    parser.add_argument("--profile", help="whose versions; config/settings.yaml's where left out")
+    parser.add_argument(
+        "--profile", help="whose versions; the installed one's, else config/settings.yaml's, when left out"
+    )
     parser.add_argument("--family", default="sd15", choices=tuple(table.trainers))
     parser.add_argument("--network", default="lora", choices=tuple(table.networks))
     parser.add_argument("--optimizer", default="AdamW", choices=tuple(table.optimizers))

@@ -311,7 +311,7 @@ def _check_tkinter(generation: Generation) -> None:
 
 def _generation(home: Installation, profile: str) -> Generation:
     """The active generation, or the newest of a profile that was named."""
-    install = f"`{f'KOHYA_PROFILE={profile} ' if profile else ''}invoke setup --gui` installs it"
+    install = f"`invoke setup --gui{f' --profile {profile}' if profile else ''}` installs it"
     generation = installed(home)
     if profile:
         built = [g for g in generations.present(home) if (m := g.manifest()) and m.profile == profile]

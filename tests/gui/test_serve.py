@@ -338,7 +338,7 @@ def test_an_environment_without_the_page_names_the_command_that_installs_it(tmp_
     assert "invoke setup --gui" in told.value.fix
     with pytest.raises(UsageError, match="no environment of the profile 'latest'") as told:
         serve.serve(bare, serve.ServeOptions(profile="latest"))
-    assert "KOHYA_PROFILE=latest invoke setup --gui" in told.value.fix
+    assert "invoke setup --gui --profile latest" in told.value.fix
 
 
 def test_without_tkinter_the_command_is_named_and_the_page_starts(
