@@ -324,7 +324,7 @@ def test_rollback_goes_back_to_the_environment_before_the_page(small: Small) -> 
 
 
 def test_both_flags_at_once_are_refused() -> None:
-    with pytest.raises(UsageError, match="both given"):
+    with pytest.raises(UsageError, match="exclude each other"):
         setup.SetupOptions().with_gui(gui=True, no_gui=True)
     flags = ((True, False), (False, True), (False, False))
     asked = [setup.SetupOptions().with_gui(gui, no_gui).gui for gui, no_gui in flags]
