@@ -21,6 +21,7 @@ nox.options.reuse_existing_virtualenvs = True
 DEV = ("--require-hashes", "-r", "constraints/dev.txt")
 # One more than there are cores: some tests wait for a process.
 PARALLEL = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal")
+FAST = "not environment and not slow"
 
 
 @nox.session(tags=["ci"])
@@ -35,27 +36,32 @@ def lint(session: nox.Session) -> None:
     session.run("zizmor", "--offline", "--persona=pedantic", "--strict-collection", ".github")
 
 
-@nox.session(tags=["ci"])
+@nox.session
 def tests(session: nox.Session) -> None:
-    """Run the fast tests in parallel; those that need the trainer's environment and the slow ones are CI's."""
+    """Run the fast tests in parallel; `nox -t ci` runs all tests."""
     session.install(*DEV)
-    marks = [] if "-m" in session.posargs else ["-m", "not environment and not slow"]
+    marks = [] if "-m" in session.posargs else ["-m", FAST]
     session.run("python", "-m", "pytest", *PARALLEL, *marks, *session.posargs)
 
 
-@nox.session(tags=["ci"], default=False)
-def slow(session: nox.Session) -> None:
-    """Run the tests that try many moments, damages and examples."""
-    session.install(*DEV)
-    marks = ["-m", "slow and not environment", "--hypothesis-profile", "many"]
-    session.run("python", "-m", "pytest", *PARALLEL, *marks, *session.posargs)
-
-
-@nox.session(tags=["ci"], default=False)
+@nox.session(default=False)
 def real(session: nox.Session) -> None:
     """Run the tests that build the real environment and train in it."""
     session.install(*DEV)
     session.run("python", "-m", "pytest", "-m", "environment", *session.posargs)
+
+
+@nox.session(tags=["ci"], default=False)
+def coverage(session: nox.Session) -> None:
+    """Run all tests, slow and real ones too, and hold what they cover to its floors."""
+    session.install(*DEV)
+    session.run("coverage", "erase")
+    many = ("-m", "not environment", "--hypothesis-profile", "many")
+    session.run("coverage", "run", "-m", "pytest", *PARALLEL, *many, *session.posargs)
+    session.run("coverage", "run", "-m", "pytest", "-m", "environment", *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report", "--include", "kohya_mps/*", "--fail-under", "95")
+    session.run("coverage", "report", "--fail-under", "85")
 
 
 @nox.session(venv_backend="none", default=False)
