@@ -1,8 +1,8 @@
 """What the library of a macOS wheel registers for MPS when it loads, read from its machine code.
 
 torch registers kernels in functions named ``TORCH_LIBRARY_IMPL_init_aten_MPS_<n>``, each a
-row of calls ``m.impl("name", kernel)``. Their symbols are in the library, so that the calls
-can be found and the names read from the register that carries the first argument.
+sequence of calls ``m.impl("name", kernel)``. Their symbols are in the library, so that the calls
+can be found, and the names can be read from the register that carries the first argument.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 
 from kohya_mps.core.errors import StepFailed
 
-# In an anonymous namespace: generated, RegisterMPS*.cpp. Plainly static: MPSFallback.mm.
+# Generated code (RegisterMPS*.cpp) has an anonymous namespace; MPSFallback.mm has static functions.
 _GENERATED = re.compile(r"__ZN2at12_GLOBAL__N_1\d+TORCH_LIBRARY_IMPL_init_aten_MPS_\d+ERN5torch7LibraryE")
 _BY_HAND = re.compile(r"__ZN2atL\d+TORCH_LIBRARY_IMPL_init_aten_MPS_\d+ERN5torch7LibraryE")
 # torch::Library::_impl(const char*, CppFunction&&, ...)
@@ -44,7 +44,7 @@ def read(library: Path) -> Registrations:
     """Read a Mach-O library for arm64.
 
     Raises:
-        StepFailed: it does not have the shape that this reading relies on.
+        StepFailed: it is not built as this reader expects.
     """
     image = _Image(library)
     generated = [call for function in image.functions(_GENERATED) for call in image.calls(function)]
@@ -80,13 +80,13 @@ class _Image:
         self._disassembler = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
 
     def functions(self, pattern: re.Pattern[str]) -> list[int]:
-        """Where the functions with such symbols begin."""
+        """The addresses of the functions whose symbols match."""
         return sorted(start for start, name in self.symbols.items() if pattern.fullmatch(name))
 
     def calls(self, start: int) -> Iterator[_Call]:
         """The calls of ``Library::_impl`` in a function, in their order.
 
-        Follows the addresses that instructions load into registers, as far as names need it.
+        Follows the addresses that instructions load into registers, as far as the names need it.
         """
         registers: dict[str, int] = {}
         general = True

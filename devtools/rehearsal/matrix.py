@@ -1,7 +1,7 @@
-"""Rehearse every combination that people use, and write the table that they can look them up in.
+"""``nox -s rehearse_matrix``: rehearse every combination that people use, and write the table of them.
 
-It can be interrupted: what was rehearsed is found again as long as neither the training, the
-environment, the operator data nor the simulation has changed.
+It can be interrupted: the next run uses the records of this one as long as the training, the
+environment, the operator data and the simulation are the same.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .table import Outcomes
 
 OUTCOMES = operators.DATA / "outcomes.json"
 _PLAIN = ("lora", "AdamW")
-# Distributions whose versions decide what a training does.
-_TELLING = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora")
+# Packages whose versions decide what a training does.
+_DECISIVE = ("torch", "accelerate", "diffusers", "transformers", "lycoris-lora")
 
 
 class MatrixOptions(msgspec.Struct, frozen=True):
-    """What ``nox -s rehearse_matrix`` was asked for; ``only`` is a part of a training's name."""
+    """What is rehearsed, ``jobs`` trainings at a time; ``only`` is a part of a training's name."""
 
     profiles: tuple[str, ...]
     families: tuple[str, ...]
@@ -68,89 +68,87 @@ def parse_options(arguments: Sequence[str]) -> MatrixOptions:
     parser.add_argument(
         "--thorough", action="store_true", help="every network with every optimizer, not each once"
     )
-    given = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     return MatrixOptions(
-        tuple(given.profile or profile_names()),
-        tuple(given.family or families),
-        given.jobs or runner.most_jobs(),
-        given.only,
-        given.thorough,
+        tuple(parsed.profile or profile_names()),
+        tuple(parsed.family or families),
+        parsed.jobs or runner.most_jobs(),
+        parsed.only,
+        parsed.thorough,
     )
 
 
 def combinations(known: Trainings, family: str, *, thorough: bool) -> list[Training]:
-    """Networks with optimizers: every one with every other, or each with the plainest other."""
+    """Networks with optimizers: each with each, or each with the plainest one of the others."""
     network, optimizer = _PLAIN
     return [
-        Training(table.pair(one, other), family, (*known.networks[one], *known.optimizers[other]))
-        for one in known.networks
-        for other in known.optimizers
-        if thorough or one == network or other == optimizer
+        Training(table.pair(this, that), family, (*known.networks[this], *known.optimizers[that]))
+        for this in known.networks
+        for that in known.optimizers
+        if thorough or this == network or that == optimizer
     ]
 
 
-def options(known: Trainings, family: str) -> list[Training]:
+def option_trainings(known: Trainings, family: str) -> list[Training]:
     """Each option on its own, with the plainest network and optimizer."""
     network, optimizer = _PLAIN
     plain = (*known.networks[network], *known.optimizers[optimizer])
     return [Training(name, family, (*plain, *arguments)) for name, arguments in known.options.items()]
 
 
-def rehearse(wanted: MatrixOptions) -> Report:
-    """Rehearse what is not rehearsed yet; write the outcomes and the table when that was everything."""
+def rehearse(options: MatrixOptions) -> Report:
+    """Rehearse what has no record yet; write the outcomes and the table unless ``only`` limits them."""
     checks = []
-    done: list[Outcomes] = []
-    for profile in wanted.profiles:
+    rehearsed: list[Outcomes] = []
+    for profile in options.profiles:
         chosen = settings.load(profile=profile)
         with exclusive_lock(Installation(sandbox.SANDBOX)):
             stage = runner.prepare(chosen, builtin=False)
-            for family in wanted.families:
-                done.append(rehearse_family(stage, chosen, family, wanted))
-                checks.append(_check(done[-1]))
-    if not wanted.only:
-        outcomes = _merged(done)
+            for family in options.families:
+                rehearsed.append(rehearse_family(stage, chosen, family, options))
+                checks.append(judge(rehearsed[-1]))
+    if not options.only:
+        outcomes = merged(table.load(OUTCOMES) if OUTCOMES.exists() else [], rehearsed)
         write_atomic(OUTCOMES, msgspec.json.format(msgspec.json.encode(outcomes), indent=1) + b"\n")
         write_atomic(table.PATH, table.render(outcomes).encode())
         say(f"  wrote {table.PATH}")
-    return Report(
-        "Rehearsals (predicted)", tuple(checks), {"outcomes": done, "limits": verdict.LIMITS}, verdict.LIMITS
-    )
+    extra = {"outcomes": rehearsed, "limits": verdict.LIMITS}
+    return Report("Rehearsals (predicted)", tuple(checks), extra, verdict.LIMITS)
 
 
-def rehearse_family(stage: Stage, chosen: Settings, family: str, wanted: MatrixOptions) -> Outcomes:
-    """Run what has no record yet, and boil all records down."""
+def rehearse_family(stage: Stage, chosen: Settings, family: str, options: MatrixOptions) -> Outcomes:
+    """Run the trainings of a family that have no record yet, and summarize all records."""
     code = _code_digest()
     known = runner.trainings()
-    both = [
-        [one for one in group if wanted.only in one.name]
-        for group in (combinations(known, family, thorough=wanted.thorough), options(known, family))
-    ]
-    everything = [one for group in both for one in group]
-    places = {one.name: _place(stage, one, code) for one in everything}
-    pending: list[Request] = []
-    for one in reversed(everything):  # what an interrupted run has by then: the options say more
-        if not all((places[one.name] / device / "record.json").exists() for device in ("mps", "cpu")):
-            pending += runner.requests(stage, one, places[one.name], fallback=False)
-    say(f"  {family}: {len(everything)} trainings, {len(pending) // 2} of them to be rehearsed")
-    with memory_shared(wanted.jobs):
-        runner.run(stage, pending, wanted.jobs)
-    cells = [
-        tuple(
-            table.cell(one.name, _record(places[one.name], "mps"), _record(places[one.name], "cpu"))
-            for one in group
+    groups = [
+        [training for training in group if options.only in training.name]
+        for group in (
+            combinations(known, family, thorough=options.thorough),
+            option_trainings(known, family),
         )
-        for group in both
     ]
-    for place in places.values():
-        _tidy(place)
+    everything = [training for group in groups for training in group]
+    directories = {training.name: _directory(stage, training, code) for training in everything}
+    pending: list[Request] = []
+    # The options come first: where it is interrupted, they say more.
+    for training in reversed(everything):
+        directory = directories[training.name]
+        if not all((directory / device / "record.json").exists() for device in ("mps", "cpu")):
+            pending += runner.requests(stage, training, directory, fallback=False)
+    say(f"  {family}: {len(everything)} trainings, {len(pending) // 2} of them to be rehearsed")
+    with memory_shared(options.jobs):
+        runner.run(stage, pending, options.jobs)
+    cells = [tuple(_cell(training.name, directories[training.name]) for training in each) for each in groups]
+    for directory in directories.values():
+        remove_large_files(directory)
     versions = lockfile.read(chosen.profile.lock_file).versions(lockfile.LINUX_X86_64)
-    telling = {name: versions[name] for name in _TELLING}
-    return Outcomes(chosen.profile_name, family, _today(), telling, *cells)
+    decisive = {name: versions[name] for name in _DECISIVE}
+    return Outcomes(chosen.profile_name, family, _today(), decisive, *cells)
 
 
 @contextlib.contextmanager
 def memory_shared(jobs: int) -> Iterator[None]:
-    """Let no training take more than its share of the memory: that one fails, and not the machine."""
+    """Limit each training to its share of the memory: one that needs more fails, and not the machine."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     share = psutil.virtual_memory().available // jobs
     resource.setrlimit(resource.RLIMIT_DATA, (share, before[1]))
@@ -160,19 +158,23 @@ def memory_shared(jobs: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _place(stage: Stage, training: Training, code: str) -> Path:
-    what = "\0".join((code, training.family, training.name, *training.arguments))
-    return stage.work / "matrix" / hashlib.sha256(what.encode()).hexdigest()[:16]
+def _directory(stage: Stage, training: Training, code: str) -> Path:
+    identity = "\0".join((code, training.family, training.name, *training.arguments))
+    return stage.work / "matrix" / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def _record(place: Path, device: str) -> Record:
-    path, log = place / device / "record.json", place / device / "trainer.log"
+def _cell(name: str, directory: Path) -> table.Cell:
+    return table.cell(name, _record(directory, "mps"), _record(directory, "cpu"))
+
+
+def _record(directory: Path, device: str) -> Record:
+    path, log = directory / device / "record.json", directory / device / "trainer.log"
     return runner.result(Request("", device, "", (), False, False, str(path), str(log)))
 
 
-def _tidy(place: Path) -> None:
-    """Only the records and the logs are kept: the trained weights and caches are large."""
-    for entry in place.glob("*/*"):
+def remove_large_files(directory: Path) -> None:
+    """Keep only the records and the logs of a training; its weights and caches are large."""
+    for entry in directory.glob("*/*"):
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.suffix not in (".json", ".log"):
@@ -180,7 +182,7 @@ def _tidy(place: Path) -> None:
 
 
 def _code_digest() -> str:
-    """Changes with everything of ours that an outcome depends on."""
+    """A digest of everything in this repository that an outcome depends on."""
     here = Path(__file__).parent
     files = [
         *sorted(here.glob("simulation/*.py")),
@@ -191,26 +193,27 @@ def _code_digest() -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _merged(new: list[Outcomes]) -> list[Outcomes]:
-    """The new outcomes, and the old ones of other profiles and families."""
-    old = table.load(OUTCOMES) if OUTCOMES.exists() else []
-    fresh = {(one.profile, one.family) for one in new}
-    kept = [one for one in old if (one.profile, one.family) not in fresh and one.profile in profile_names()]
-    return sorted([*kept, *new], key=lambda one: (one.profile, one.family))
+def merged(old: list[Outcomes], new: list[Outcomes]) -> list[Outcomes]:
+    """The new outcomes, and the old ones of other families and of other profiles that still exist."""
+    replaced = {(each.profile, each.family) for each in new}
+    kept = [o for o in old if (o.profile, o.family) not in replaced and o.profile in profile_names()]
+    return sorted([*kept, *new], key=lambda outcomes: (outcomes.profile, outcomes.family))
 
 
-def _check(outcomes: Outcomes) -> Check:
-    count = sum(cell.trains for cell in outcomes.cells)
+def judge(outcomes: Outcomes) -> Check:
+    """How many trainings came to their end, and whether some have other losses than on the CPU."""
     known = runner.trainings().options
-    apart = []
+    different = []
     for cell in outcomes.cells:
         training = Training(cell.name, outcomes.family, known.get(cell.name, ()))
-        if (cell.apart or 0) > verdict.tolerance(runner.precision(training, otherwise="no")):
-            apart.append(cell.name)
-    detail = f"{count} of {len(outcomes.cells)} train"
-    if apart:
-        detail += f"; losses are not the CPU's: {', '.join(apart)}"
-    return Check(f"{outcomes.profile}, {outcomes.family}", Status.WARN if apart else Status.PASS, detail)
+        allowed = verdict.tolerance(runner.precision(training, otherwise="no"))
+        if (cell.loss_difference or 0) > allowed:
+            different.append(cell.name)
+    detail = f"{sum(cell.trains for cell in outcomes.cells)} of {len(outcomes.cells)} train"
+    if different:
+        detail += f"; losses are not the CPU's: {', '.join(different)}"
+    status = Status.WARN if different else Status.PASS
+    return Check(f"{outcomes.profile}, {outcomes.family}", status, detail)
 
 
 def _today() -> str:

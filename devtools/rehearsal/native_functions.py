@@ -3,7 +3,7 @@
 usage: native_functions.py WHEEL
 
 WHEEL is an unpacked torch wheel; its own ``torchgen`` reads its own ``native_functions.yaml``.
-A process of its own, because every torch brings another ``torchgen``.
+It is a process of its own because every torch brings another ``torchgen``.
 """
 
 import json

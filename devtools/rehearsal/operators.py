@@ -41,7 +41,7 @@ class Operators:
         refused: overloads registered with a function that only raises (``MPSFallback.mm``).
         python: overloads that ``torch/backends/mps/__init__.py`` registers, with the
             function as ``module:name``.
-        texts: the refusals of kernels that the library knows, of those in :mod:`.texts`.
+        texts: those of the error messages in :mod:`.texts` that the library contains.
     """
 
     torch: str
@@ -59,7 +59,7 @@ class Operators:
         return self.kernels | self.fallback | self.refused | self.python.keys()
 
     def served(self, name: str, composite: bool) -> Served:
-        """How an overload is served; ``composite`` says whether torch can take it apart."""
+        """How an overload is served; ``composite`` says whether torch can decompose it."""
         if name in self.python:
             return Served.PYTHON
         if name in self.kernels:
@@ -83,7 +83,7 @@ def load(version: str) -> Operators:
     """The operators of a torch version.
 
     Raises:
-        LookupError: there is no data for it; the text names the command that makes it.
+        LookupError: there is no data for it; the message names the command that makes it.
     """
     path = path_for(version)
     if not path.exists():

@@ -24,7 +24,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Operator:
-    """One overload that reached the device: how it is served, how often, and who called it first.
+    """One overload that reached the device: how it is served, how often, and its first caller.
 
     ``by`` names the MPS kernel behind a composite operator that picks its backend by device.
     """
@@ -45,7 +45,7 @@ class Finding:
         what: the operator or function, with what is special about the call.
         where: file and line that caused it; for a gradient, the line of the forward pass.
         count: how often that happened there.
-        raises: the error that a Mac raises; empty when it only is slower or merely noted.
+        raises: the error that a Mac raises; empty when it is only slower or only noted.
     """
 
     kind: Kind
@@ -57,9 +57,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """A rehearsal, or the same training on the CPU for comparison (``device``).
+    """What happened in one training, on the simulated device or on the CPU (``device``).
 
-    ``error`` is what ended it, and ``error_at`` the file and line that raised it.
+    ``error`` is the error that ended it, and ``error_at`` the file and line that raised it.
     """
 
     device: str
@@ -77,7 +77,7 @@ class Record:
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record as JSON; it is there when it is whole."""
+    """Write a record as JSON; the file appears when it is complete."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(dataclasses.asdict(record)), encoding="utf-8")
     unfinished.replace(path)

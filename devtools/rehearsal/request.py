@@ -1,4 +1,4 @@
-"""What a rehearsal is asked to do. Standard library alone: both interpreters import it."""
+"""What a rehearsal does. Standard library alone: both interpreters import it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Request:
     """One training.
 
     Attributes:
-        name: what it is called in reports and file names.
+        name: its name in reports and file names.
         device: ``mps`` for the simulated device, ``cpu`` for the comparison.
         script: the trainer, or the probe that trains without it.
-        arguments: what the script is told.
+        arguments: the arguments of the script.
         small: whether the script is one of sd-scripts and trains one of the small models.
         fallback: behave as with ``PYTORCH_ENABLE_MPS_FALLBACK=1``.
         result: where the record is written.
-        log: where everything that the training prints goes; to this process's own when empty.
+        log: the file for everything that the training prints; empty for this process's own output.
     """
 
     name: str
@@ -39,6 +39,6 @@ def write(path: Path, requests: list[Request]) -> None:
 
 
 def read(path: Path) -> list[Request]:
-    """Read them back."""
+    """Read requests back."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     return [Request(**{**row, "arguments": tuple(row["arguments"])}) for row in rows]

@@ -1,4 +1,4 @@
-"""Start rehearsals: prepare what they need, run them under the trainer's interpreter, read the records."""
+"""``nox -s rehearse``: prepare rehearsals, run them under the trainer's interpreter, read the records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MEMORY_OF_ONE = 3e9
 
 
 class Trainings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``config/rehearsal.yaml``: what can be rehearsed, each a name and what the trainer is told."""
+    """``config/rehearsal.yaml``: what can be rehearsed, each a name and the trainer's arguments for it."""
 
     trainers: dict[str, str]
     networks: dict[str, tuple[str, ...]]
@@ -44,7 +44,7 @@ class Trainings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RehearsalOptions(msgspec.Struct, frozen=True):
-    """What ``nox -s rehearse`` was asked for; ``arguments`` go to the trainer as they are."""
+    """One rehearsal; ``arguments`` go to the trainer as they are, ``profile`` None is the installed one."""
 
     profile: str | None
     family: str
@@ -56,7 +56,10 @@ class RehearsalOptions(msgspec.Struct, frozen=True):
 
 
 class Training(msgspec.Struct, frozen=True):
-    """One training to rehearse: a model's family and what the trainer is told; no family is the built-in step."""
+    """One training to rehearse: a family of models and the trainer's arguments.
+
+    Without a family it is the built-in step.
+    """
 
     name: str
     family: str
@@ -64,9 +67,9 @@ class Training(msgspec.Struct, frozen=True):
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """Everything a rehearsal needs besides the training itself.
+    """What all rehearsals share: the environment, the trainer, the mixed precision, a working directory.
 
-    ``sd_scripts`` is missing where only the built-in step is rehearsed.
+    ``sd_scripts`` is None where only the built-in step is rehearsed.
     """
 
     generation: Generation
@@ -89,11 +92,11 @@ def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
         own, theirs = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = posargs.parser(
         "rehearse",
-        "Train a few steps on a simulated MPS device and report what a Mac would make of it.",
-        epilog="What follows a second -- is given to kohya's trainer: nox -s rehearse -- -- --loss_type huber",
+        "Train a few steps on a simulated MPS device and report what is different on a Mac.",
+        epilog="What follows a second -- goes to kohya's trainer: nox -s rehearse -- -- --loss_type huber",
     )
     parser.add_argument(
-        "--profile", help="whose versions; the installed one's, else config/settings.yaml's, when left out"
+        "--profile", help="whose versions are used; if left out, the installed one's or the configured one's"
     )
     parser.add_argument("--family", default="sd15", choices=tuple(table.trainers))
     parser.add_argument("--network", default="lora", choices=tuple(table.networks))
@@ -102,66 +105,71 @@ def parse_options(arguments: Sequence[str]) -> RehearsalOptions:
     parser.add_argument(
         "--fallback",
         action="store_true",
-        help="as with PYTORCH_ENABLE_MPS_FALLBACK=1, which launches here set",
+        help="as with PYTORCH_ENABLE_MPS_FALLBACK=1, which invoke train sets",
     )
-    given = parser.parse_args(own)
-    if given.builtin and theirs:
+    parsed = parser.parse_args(own)
+    if parsed.builtin and theirs:
         parser.error("--builtin takes none of the trainer's options")
     return RehearsalOptions(
-        given.profile,
-        given.family,
-        given.network,
-        given.optimizer,
-        given.builtin,
-        given.fallback,
+        parsed.profile,
+        parsed.family,
+        parsed.network,
+        parsed.optimizer,
+        parsed.builtin,
+        parsed.fallback,
         tuple(theirs),
     )
 
 
-def rehearse(wanted: RehearsalOptions) -> Report:
+def rehearse(options: RehearsalOptions) -> Report:
     """Train once on the simulated device and once on the CPU, and compare.
 
     Raises:
         UsageError: nothing can be simulated here, or the built-in step has no such network.
     """
-    table = trainings()
-    arguments = (*table.networks[wanted.network], *table.optimizers[wanted.optimizer], *wanted.arguments)
-    training = Training(f"{wanted.network} with {wanted.optimizer}", wanted.family, arguments)
-    if wanted.builtin:
-        if wanted.network not in training_step.NETWORKS:
-            known = ", ".join(training_step.NETWORKS)
-            raise UsageError(f"the built-in step has no network {wanted.network!r}", f"accepted: {known}")
-        algorithm = training_step.NETWORKS[wanted.network].algorithm
-        training = Training(training.name, "", (algorithm, wanted.optimizer, str(training_step.STEPS)))
-    chosen = settings.load(profile=wanted.profile)
+    training = _selected(options)
+    chosen = settings.load(profile=options.profile)
     with exclusive_lock(Installation(sandbox.SANDBOX)):
-        stage = prepare(chosen, builtin=wanted.builtin)
-        pair = requests(stage, training, stage.work / "one", wanted.fallback)
+        stage = prepare(chosen, builtin=options.builtin)
+        pair = requests(stage, training, stage.work / "one", options.fallback)
         say(
             f"  rehearsing {training.name}: {training_step.STEPS} steps on the simulated device and on the CPU"
         )
         run(stage, pair, jobs=1)
-        simulated, on_cpu = (result(one) for one in pair)
-    logs = {one.device: one.log for one in pair}
+        simulated, on_cpu = (result(each) for each in pair)
     return verdict.report(
         training.name,
         chosen.profile_name,
         simulated,
         on_cpu,
-        fallback=wanted.fallback,
-        logs=logs,
+        fallback=options.fallback,
+        logs={each.device: each.log for each in pair},
         precision=precision(training, stage.precision),
     )
 
 
+def _selected(options: RehearsalOptions) -> Training:
+    """The training that the options describe."""
+    name = f"{options.network} with {options.optimizer}"
+    if not options.builtin:
+        table = trainings()
+        known = (*table.networks[options.network], *table.optimizers[options.optimizer])
+        return Training(name, options.family, (*known, *options.arguments))
+    if options.network not in training_step.NETWORKS:
+        accepted = ", ".join(training_step.NETWORKS)
+        raise UsageError(f"the built-in step has no network {options.network!r}", f"accepted: {accepted}")
+    algorithm = training_step.NETWORKS[options.network].algorithm
+    return Training(name, "", (algorithm, options.optimizer, str(training_step.STEPS)))
+
+
 def precision(training: Training, otherwise: str) -> str:
-    """The mixed precision that a training asks for: of an option that is repeated the last counts."""
+    """The mixed precision of a training; of an option that is repeated, the last one counts."""
     words = ("--mixed_precision", otherwise, *training.arguments)
     return next(value for name, value in reversed(list(pairwise(words))) if name == "--mixed_precision")
 
 
 def prepare(chosen: Settings, *, builtin: bool) -> Stage:
-    """Build the environment apart from the user's, bring the trainer, and find a place to work in.
+    """Build the isolated environment, check the trainer out, and make a working directory.
 
     Raises:
         UsageError: nothing can be simulated: this is a Mac, or there is no data for the profile's torch.
@@ -173,76 +181,91 @@ def prepare(chosen: Settings, *, builtin: bool) -> Stage:
         operators.load(lock.versions(lockfile.LINUX_X86_64)["torch"])
     except LookupError as error:
         raise UsageError(str(error), f"`nox -s rehearse_data -- {chosen.profile_name}`") from error
-    apart = msgspec.structs.replace(chosen, home=sandbox.SANDBOX)
-    tree = None if builtin else sandbox.kohya_checkout(chosen, apart)
-    generation = sandbox.ready(apart)
+    isolated = msgspec.structs.replace(chosen, home=sandbox.SANDBOX)
+    tree = None if builtin else sandbox.kohya_checkout(chosen, isolated)
+    generation = sandbox.ready(isolated)
     work = ROOT / ".nox" / "rehearsal" / generation.name
     work.mkdir(parents=True, exist_ok=True)
     return Stage(generation, tree / "sd-scripts" if tree else None, chosen.mixed_precision, work)
 
 
-def requests(stage: Stage, training: Training, place: Path, fallback: bool) -> tuple[Request, Request]:
-    """The same training on the simulated device and on the CPU, with its files below ``place``."""
-    shutil.rmtree(place, ignore_errors=True)
+def requests(stage: Stage, training: Training, directory: Path, fallback: bool) -> tuple[Request, Request]:
+    """The same training on the simulated device and on the CPU, with its files in a directory.
+
+    What is in the directory is removed first.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
     model = training_step.prepare_model(stage.generation, stage.work, training.family or "sd15", "small")
     pictures = prepare_pictures(stage)
-    made = []
-    for device in ("mps", "cpu"):
-        output = place / device
-        output.mkdir(parents=True)
-        if stage.sd_scripts is None or not training.family:
-            script = PROBES / "builtin_step.py"
-            arguments = [str(model / "model"), str(pictures), str(output), *training.arguments]
-        else:
-            script = stage.sd_scripts / trainings().trainers[training.family]
-            prompts = output / "prompts.txt"
-            prompts.write_text(
-                "a red circle --w 64 --h 64 --s 2 --d 1\na blue square --w 64 --h 64 --s 2 --d 2\n"
-            )
-            own = training_step.trainer_arguments(
-                stage.precision, model, output, training_step.TrainingStepOptions()
-            )
-            own += [
-                "--train_data_dir",
-                str(_copied(pictures, output / "pictures")),
-                "--resolution",
-                "128,128",
-            ]
-            arguments = own + [part.replace("{prompts}", str(prompts)) for part in training.arguments]
-        made.append(
-            Request(
-                name=training.name,
-                device=device,
-                script=str(script),
-                arguments=tuple(arguments),
-                small=bool(training.family),
-                fallback=fallback,
-                result=str(output / "record.json"),
-                log=str(output / "trainer.log"),
-            )
-        )
-    return made[0], made[1]
+    simulated, on_cpu = (
+        _request(stage, training, device, directory / device, model, pictures, fallback)
+        for device in ("mps", "cpu")
+    )
+    return simulated, on_cpu
 
 
-def run(stage: Stage, wanted: Sequence[Request], jobs: int) -> None:
-    """Run trainings, ``jobs`` at a time; each leaves a record, or its log says why not.
+def _request(
+    stage: Stage,
+    training: Training,
+    device: str,
+    output: Path,
+    model: Path,
+    pictures: Path,
+    fallback: bool,
+) -> Request:
+    output.mkdir(parents=True)
+    if stage.sd_scripts is None or not training.family:
+        script = PROBES / "builtin_step.py"
+        arguments = [str(model / "model"), str(pictures), str(output), *training.arguments]
+    else:
+        script = stage.sd_scripts / trainings().trainers[training.family]
+        arguments = _trainer_arguments(stage, training, output, model, pictures)
+    return Request(
+        name=training.name,
+        device=device,
+        script=str(script),
+        arguments=tuple(arguments),
+        small=bool(training.family),
+        fallback=fallback,
+        result=str(output / "record.json"),
+        log=str(output / "trainer.log"),
+    )
+
+
+def _trainer_arguments(
+    stage: Stage, training: Training, output: Path, model: Path, pictures: Path
+) -> list[str]:
+    prompts = output / "prompts.txt"
+    prompts.write_text("a red circle --w 64 --h 64 --s 2 --d 1\na blue square --w 64 --h 64 --s 2 --d 2\n")
+    copied = output / "pictures"  # trainers write caches next to the pictures
+    shutil.copytree(pictures, copied)
+    step = training_step.TrainingStepOptions()
+    return [
+        *training_step.trainer_arguments(stage.precision, model, output, step),
+        *("--train_data_dir", str(copied), "--resolution", "128,128"),
+        *(part.replace("{prompts}", str(prompts)) for part in training.arguments),
+    ]
+
+
+def run(stage: Stage, pending: Sequence[Request], jobs: int) -> None:
+    """Run trainings, ``jobs`` at a time; each writes a record, or its log says why not.
 
     Raises:
         StepFailed: the trainer's libraries cannot be imported.
     """
-    if not wanted:
+    if not pending:
         return
-    asked = stage.work / "requests.json"
-    request.write(asked, list(wanted))
+    path = stage.work / "requests.json"
+    request.write(path, list(pending))
     environ = accelerate_launch.environ(stage.generation, offline=True) | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(stage.work / "huggingface"),
-        # What `accelerate launch` would tell a script that is not told itself.
+        # `accelerate launch` sets it, and a script without the option reads it.
         "ACCELERATE_MIXED_PRECISION": stage.precision,
     }
     done = stream(
-        [stage.generation.python, SIMULATION, asked, str(jobs)],
+        [stage.generation.python, SIMULATION, path, str(jobs)],
         cwd=stage.sd_scripts or stage.work,
         env=environ,
         log=stage.work / "rehearsal.log",
@@ -253,15 +276,15 @@ def run(stage: Stage, wanted: Sequence[Request], jobs: int) -> None:
         )
 
 
-def result(one: Request) -> Record:
-    """The record of a training; one that died says so, and where its log is."""
-    if Path(one.result).exists():
-        return record.read(Path(one.result))
-    return Record(one.device, "", (), 0.0, error=f"it ended without a word; its log: {one.log}")
+def result(of: Request) -> Record:
+    """The record of a training; without one, its error names the log."""
+    if Path(of.result).exists():
+        return record.read(Path(of.result))
+    return Record(of.device, "", (), 0.0, error=f"it ended without a record; its log: {of.log}")
 
 
 def most_jobs() -> int:
-    """How many trainings run at once: one for each core, as far as memory allows."""
+    """How many trainings run at once: one per core, as far as memory allows."""
     return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / _MEMORY_OF_ONE)))
 
 
@@ -278,9 +301,3 @@ def prepare_pictures(stage: Stage) -> Path:
             raise StepFailed(f"the pictures to train on could not be made: {error}") from error
         unfinished.rename(pictures)
     return pictures
-
-
-def _copied(pictures: Path, target: Path) -> Path:
-    """Trainers write caches beside the pictures: each training gets pictures of its own."""
-    shutil.copytree(pictures, target)
-    return target

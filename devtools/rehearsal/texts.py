@@ -1,7 +1,7 @@
-"""What torch's MPS kernels say when they refuse their arguments. Standard library alone.
+"""The error messages with which torch's MPS kernels refuse arguments. Standard library alone.
 
-The texts are looked up in the library of each macOS wheel: a refusal that a version does not
-have any more is not simulated for it.
+Each message is looked up in the library of the macOS wheel. A message that a version no longer
+has is not simulated for it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from enum import StrEnum
 
 
 class Text(StrEnum):
-    """One refusal, as it begins in the library. The files are those of torch 2.5.1's ATen."""
+    """One error message, or its beginning, as it is in the library. The files are those of torch 2.5.1's ATen."""
 
     # mps/EmptyTensor.cpp
     FLOAT64 = (
         "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
         "Please use float32 instead."
     )
-    # No refusal but the name of a kernel, there since pytorch#194074: without it float8 is refused.
+    # Not a message but the name of a kernel, which is there since pytorch#194074: without it float8 is refused.
     FLOAT8_KERNEL = "copy_identity_dense_castout_float8_e4m3fn"
     # native/mps/operations/Linear.mm
     LINEAR = "MPS device does not support linear for non-float inputs"

@@ -1,4 +1,4 @@
-"""The report of one rehearsal: did it train, as on the CPU, and what is different on MPS."""
+"""The report of one rehearsal: whether it trained as on the CPU, and what is different on MPS."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def report(
 
     Args:
         name: what was trained.
-        profile: whose versions.
+        profile: the profile whose versions were used.
         simulated: the training on the simulated device.
         on_cpu: the same on the CPU.
         fallback: whether ``PYTORCH_ENABLE_MPS_FALLBACK=1`` was assumed.
@@ -62,7 +62,7 @@ def report(
 
 
 def trained(simulated: Record, on_cpu: Record, logs: Mapping[str, str]) -> Check:
-    """Whether the training came to its end on the simulated device."""
+    """Check that the training came to its end on the simulated device."""
     if not simulated.error:
         detail = (
             f"{len(simulated.losses)} steps in {simulated.seconds:.1f} s, on the CPU {on_cpu.seconds:.1f} s"
@@ -74,25 +74,25 @@ def trained(simulated: Record, on_cpu: Record, logs: Mapping[str, str]) -> Check
 
 
 def tolerance(precision: str) -> float:
-    """How far the losses of two correct devices may be apart, relative, in a mixed precision."""
+    """The largest relative difference of losses that two correct devices may have in a mixed precision."""
     return TOLERANCE if precision == "no" else HALF_TOLERANCE
 
 
 def same_error(simulated: Record, on_cpu: Record) -> bool:
-    """Whether a training fails on the CPU as well: then MPS is not the reason."""
+    """Whether a training fails with the same error on the CPU: then MPS is not the reason."""
     return bool(simulated.error) and simulated.error == on_cpu.error
 
 
 def losses(simulated: Record, on_cpu: Record, precision: str) -> Check:
-    """Whether the losses are those of the CPU, as far as rounding lets them."""
+    """Check that the losses are those of the CPU, except for rounding."""
     if simulated.error or on_cpu.error:
         return Check("losses", Status.SKIP, "there is nothing to compare")
-    apart = difference(simulated, on_cpu)
+    largest = difference(simulated, on_cpu)
     shown = ", ".join(f"{loss:.6f}" for loss in simulated.losses)
     return Check.of(
         "losses",
-        apart <= tolerance(precision),
-        f"{shown}; {apart:.1e} relative from the CPU's",
+        largest <= tolerance(precision),
+        f"{shown}; {largest:.1e} relative from the CPU's",
         "the simulation, or an operator's decomposition, computes something else",
     )
 
@@ -102,12 +102,12 @@ def difference(simulated: Record, on_cpu: Record) -> float:
     if len(simulated.losses) != len(on_cpu.losses) or not simulated.losses:
         return math.inf
     pairs = zip(simulated.losses, on_cpu.losses, strict=True)
-    apart = [abs(a - b) / abs(b) if b else abs(a) for a, b in pairs]
-    return max(value if math.isfinite(value) else math.inf for value in apart)
+    differences = [abs(a - b) / abs(b) if b else abs(a) for a, b in pairs]
+    return max(value if math.isfinite(value) else math.inf for value in differences)
 
 
 def operators(simulated: Record, fallback: bool) -> Check:
-    """How what reached the device is served there."""
+    """Check that everything that reached the device is served there."""
     counts = [(simulated.count(served), str(served)) for served in Served]
     detail = f"{len(simulated.operators)} distinct: " + ", ".join(f"{count} {name}" for count, name in counts)
     missing = [operator.name for operator in simulated.operators if operator.served is Served.MISSING]
@@ -119,15 +119,15 @@ def operators(simulated: Record, fallback: bool) -> Check:
 
 
 def finding(one: Finding, *, survived: bool) -> Check:
-    """One finding as a row; what raised is a failure unless the program caught it."""
+    """One finding as a row; an error is a failure unless the program caught it."""
     times = f" ({one.count} times)" if one.count > 1 else ""
     detail = f"{one.what} at {one.where}{times}"
     if one.raises:
         status = Status.WARN if survived else Status.FAIL
-        return Check(one.kind, status, f"{detail}: {one.raises}", "caught by the program" if survived else "")
+        return Check(one.kind, status, f"{detail}: {one.raises}", "the program caught it" if survived else "")
     if one.kind is Kind.CUDA:
         return Check(one.kind, Status.PASS, f"{detail}: harmless, it returned")
-    return Check(one.kind, Status.WARN, detail, "computed on the CPU: slow, and named here to be known")
+    return Check(one.kind, Status.WARN, detail, "computed on the CPU, which is slow")
 
 
 def _line(operator: Operator) -> str:

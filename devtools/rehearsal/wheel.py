@@ -1,9 +1,9 @@
 """The operator data, read from the macOS wheel of a lock's torch.
 
-Three sources, all in the wheel: ``native_functions.yaml`` as torch's own generator reads it
-says which operators have MPS kernels, ``torch/backends/mps/__init__.py`` registers some from
-Python, and the library itself holds the list of those that always run on the CPU. The
-library's own registrations also have to agree with the first, or there is no data.
+There are three sources, all in the wheel. ``native_functions.yaml``, as torch's own generator
+reads it, says which operators have MPS kernels. ``torch/backends/mps/__init__.py`` registers
+some from Python. The library has the list of those that always run on the CPU. What the library
+registers must also agree with the first source; otherwise no data is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .operators import Operators
 from .texts import Text
 
 _READER = Path(__file__).with_name("native_functions.py")
-# uv takes a Mac of macOS 13 for granted; newer wheels want a newer one, and nothing is run here.
+# uv assumes macOS 13. Newer wheels require a newer one, and nothing is run here.
 _MACOS = "15.0"
 
 
@@ -46,7 +46,7 @@ def make(names: list[str]) -> Report:
     """Write the data file of each profile's torch; of every profile when none is named.
 
     Raises:
-        StepFailed: the wheel cannot be had, or its sources contradict each other.
+        StepFailed: the wheel cannot be downloaded, or its sources contradict each other.
     """
     checks = []
     for name in names or profile_names():
@@ -77,14 +77,14 @@ def unpack(profile: Profile, target: Path) -> None:
     if pin is None:
         raise UsageError(f"{profile.lock_file}: has no torch for macOS", "choose another profile")
     hashes = " ".join(f"--hash={digest}" for digest in pin.hashes)
-    wanted = target / "wanted.txt"
-    wanted.write_text(f"{pin.name}=={pin.version} {hashes}\n", encoding="utf-8")
+    requirements = target / "requirements.txt"
+    requirements.write_text(f"{pin.name}=={pin.version} {hashes}\n", encoding="utf-8")
     command = [uv(), "pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--python-platform", "aarch64-apple-darwin", "--python-version", profile.python]
     environ = clean_environ(extra={**package_index.for_uv(), "MACOSX_DEPLOYMENT_TARGET": _MACOS})
-    finished = stream([*command, "--target", target, "-r", wanted], env=environ)
+    finished = stream([*command, "--target", target, "-r", requirements], env=environ)
     if finished.returncode:
-        raise StepFailed(f"torch {pin.version}'s macOS wheel cannot be had: uv's reason is above")
+        raise StepFailed(f"torch {pin.version}'s macOS wheel cannot be downloaded: uv's reason is above")
 
 
 def read(wheel: Path) -> Operators:
@@ -118,10 +118,10 @@ def read(wheel: Path) -> Operators:
 
 def kernels(wheel: Path) -> list[str]:
     """The overloads with MPS kernels, as the wheel's own ``torchgen`` reads its operator list."""
-    asked = capture([sys.executable, _READER, wheel])
-    if asked.returncode:
-        raise StepFailed(f"torchgen cannot read {wheel}: {asked.stderr.strip()}")
-    return msgspec.json.decode(asked.stdout, type=list[str])
+    done = capture([sys.executable, _READER, wheel])
+    if done.returncode:
+        raise StepFailed(f"torchgen cannot read {wheel}: {done.stderr.strip()}")
+    return msgspec.json.decode(done.stdout, type=list[str])
 
 
 def from_python(source: Path) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _tag(wheel_file: Path) -> str:
 
 
 def _same(one: Operators, other: Operators) -> bool:
-    """Whether two files say the same, the day they were made aside."""
+    """Whether two files have the same content, except for the day they were made."""
     return operators.dump(one).replace(one.made, "") == operators.dump(other).replace(other.made, "")
 
 

@@ -2,8 +2,8 @@
 
 usage: python devtools/rehearsal/simulation REQUESTS JOBS
 
-REQUESTS is a JSON file of requests. The trainer's libraries are imported once; each request
-then gets a copy of this process, JOBS at a time, so that the next one starts from the same.
+REQUESTS is a JSON file of requests. The trainer's libraries are imported once. Each request then
+runs in a copy of this process, JOBS at a time, so that all of them start from the same state.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-# The trainer's own modules are to be found first, and this folder's not at all.
+# The trainer's own modules come first, and this folder's are not found at all.
 sys.path[0:1] = []
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
@@ -22,7 +22,7 @@ from devtools.rehearsal.request import Request  # noqa: E402
 
 
 def import_everything(script: str) -> None:
-    """What takes most of the time of a short training, and starts no thread."""
+    """Import what takes most of the time of a short training; it starts no thread."""
     import accelerate  # noqa: F401
     import torch
 
@@ -37,7 +37,7 @@ def import_everything(script: str) -> None:
 
 
 def start(one: Request) -> int:
-    """Run a request in a copy of this process; its process id."""
+    """Run a request in a copy of this process, and return its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()

@@ -1,8 +1,8 @@
-"""Scaled dot-product attention: it picks its way by device in C++, which Linux builds cannot follow.
+"""Scaled dot-product attention: it selects its kernel by device in C++, in code that Linux builds lack.
 
-On a Mac (ATen/native/transformers/attention.cpp, torch 2.5.1 and 2.15.0): no fused choice is
-registered for MPS, so the mathematical path is taken, except that without gradients and
-dropout, and with contiguous arguments, one MPS kernel does it all.
+On a Mac (ATen/native/transformers/attention.cpp, torch 2.5.1 and 2.15.0) no fused kernel is
+registered for MPS, so the mathematical path is taken. There is one exception: without gradients
+and dropout, and with contiguous arguments, one MPS kernel does everything.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def install(simulator: Simulator, library: torch.library.Library) -> None:
                 *three, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )[0]
         simulator.recorder.operator(_KERNEL, Served.KERNEL)
-        held = [t.held if isinstance(t, SimulatedTensor) else t for t in (*three, attn_mask)]
+        on_cpu = [t.cpu_tensor if isinstance(t, SimulatedTensor) else t for t in (*three, attn_mask)]
         with torch.utils._python_dispatch._disable_current_modes():
             found = torch.ops.aten._scaled_dot_product_attention_math(
-                *held, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                *on_cpu, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )[0]
         return SimulatedTensor(found)
 

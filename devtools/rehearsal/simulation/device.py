@@ -1,10 +1,10 @@
-"""The simulated device: tensors that say ``mps:0``, hold a CPU tensor, and compute with it.
+"""The simulated device: tensors that report ``mps:0``, hold a CPU tensor, and compute with it.
 
-A tensor carries the MPS dispatch key, and for exactly the overloads that a Mac's torch
-registers there are dummy kernels under that key. So torch's own dispatcher takes the routes
-it takes on a Mac: what has no kernel decomposes or is refused, autograd picks the formulas it
-picks there. Each overload that arrives is recorded, checked against what the real device
-refuses, and computed on the CPU.
+A tensor carries the MPS dispatch key. Exactly the overloads that a Mac's torch registers under
+that key have a dummy kernel here. So torch's own dispatcher does what it does on a Mac: an
+overload without a kernel is decomposed or refused, and autograd uses the same formulas. Each
+overload that arrives is recorded, checked against what the real device refuses, and computed
+on the CPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .recorder import Recorder
 DEVICE = torch.device("mps:0")
 _CPU = torch.device("cpu")
 
-# The random generators of the device, by the address of the C++ object; kept, so that no
-# other object gets the address.
+# The random generators of the device, by the address of the C++ object. They are kept so that
+# no other object gets the same address.
 GENERATORS: dict[int, Any] = {}
 
-# Composite operators that ask in C++ which device they are on and hand over to one of its
-# kernels; builds for Linux leave that branch out. The kernel that serves each on a Mac:
+# Composite operators that look up their device in C++ and call one of its kernels; builds for
+# Linux leave that branch out. Each with the kernel that serves it on a Mac:
 # ATen/native/Convolution.cpp, Copy.cpp and TensorConversions.cpp of torch 2.5.1.
 BY_DEVICE = {
     "convolution": "_mps_convolution",
@@ -48,8 +48,8 @@ _ALLOCATE = {
     "full", "rand", "randn", "randint", "randint.low", "scalar_tensor", "arange", "linspace", "eye",
 }  # fmt: skip
 
-# Composite operators whose insides the simulation cannot follow: they make a view of the
-# storage without asking the dispatcher, or change a tensor's shape in place.
+# Composite operators whose decomposition the simulation cannot follow: they make a view of the
+# storage without the dispatcher, or change a tensor's shape in place.
 _CLOSED = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided_", "detach", "detach_", "is_pinned", "lift",
     "lift_fresh", "resize_", "set_.source_Tensor", "unsafe_chunk", "unsafe_split.Tensor",
@@ -60,28 +60,28 @@ _CLOSED = {
 _ACROSS_DEVICES = {"copy_", "_to_copy", "set_.source_Tensor"}
 _INDEXING = {"index.Tensor", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index.Tensor"}
 
-# These answer with something that is not a tensor of the device.
-_ANSWERS = {"_local_scalar_dense", "is_same_size", "equal", "item", "is_nonzero"}
+# These return something that is not a tensor of the device.
+_NOT_ON_THE_DEVICE = {"_local_scalar_dense", "is_same_size", "equal", "item", "is_nonzero"}
 
 
 class SimulatedTensor(torch.Tensor):
-    """A tensor on the simulated device; ``held`` is the CPU tensor with its values."""
+    """A tensor on the simulated device; ``cpu_tensor`` is the CPU tensor with its values."""
 
-    held: torch.Tensor
+    cpu_tensor: torch.Tensor
     simulator: Simulator
 
     @staticmethod
-    def __new__(cls: type[SimulatedTensor], held: torch.Tensor) -> SimulatedTensor:
+    def __new__(cls: type[SimulatedTensor], cpu_tensor: torch.Tensor) -> SimulatedTensor:
         tensor: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
+            cpu_tensor.size(),
+            strides=cpu_tensor.stride(),
+            storage_offset=cpu_tensor.storage_offset(),
+            dtype=cpu_tensor.dtype,
+            layout=cpu_tensor.layout,
             device=DEVICE,
         )
-        tensor.held = held
+        tensor.cpu_tensor = cpu_tensor
         return tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -97,23 +97,23 @@ class SimulatedTensor(torch.Tensor):
         return True
 
     def __repr__(self, **_options: Any) -> str:
-        return f"simulated mps {self.held!r}"
+        return f"simulated mps {self.cpu_tensor!r}"
 
     # torch.nn.Module.to() then swaps a parameter's content and keeps the parameter, as it
     # does on a Mac, where the two kinds of tensor are compatible.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
+        return ["cpu_tensor"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_rest: Any) -> SimulatedTensor:
-        return SimulatedTensor(inner["held"])
+        return SimulatedTensor(inner["cpu_tensor"])
 
     # Programs compare these to find out what shares memory.
     def data_ptr(self) -> int:
-        return self.held.data_ptr()
+        return self.cpu_tensor.data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.held.untyped_storage()
+        return self.cpu_tensor.untyped_storage()
 
     def numpy(self, **_options: Any) -> Any:
         raise TypeError(
@@ -122,14 +122,14 @@ class SimulatedTensor(torch.Tensor):
         )
 
     def tolist(self) -> Any:
-        return self.held.tolist()
+        return self.cpu_tensor.tolist()
 
-    # What is saved are the values; where they go when loaded is the loader's to say.
+    # The values are saved; the loader decides to which device they go.
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.held.detach().__reduce_ex__(protocol)
+        return self.cpu_tensor.detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SimulatedTensor:
-        copy: Any = SimulatedTensor(self.held.detach().clone()).requires_grad_(self.requires_grad)
+        copy: Any = SimulatedTensor(self.cpu_tensor.detach().clone()).requires_grad_(self.requires_grad)
         if isinstance(self, torch.nn.Parameter):
             copy = torch.nn.Parameter(copy, self.requires_grad)
         memo[id(self)] = copy
@@ -137,7 +137,7 @@ class SimulatedTensor(torch.Tensor):
 
 
 class _Everywhere(TorchDispatchMode):
-    """Lets the simulator see what is made on the device from nothing, such as ``torch.zeros``."""
+    """Lets the simulator see what is created on the device, such as by ``torch.zeros``."""
 
     def __init__(self, simulator: Simulator) -> None:
         super().__init__()
@@ -150,11 +150,11 @@ class _Everywhere(TorchDispatchMode):
 
 
 class Simulator:
-    """Runs what arrives on the device.
+    """Runs every operation of the device.
 
     Args:
         operators: what a Mac's torch of this version registers.
-        recorder: where everything is written down.
+        recorder: notes everything that happens.
         fallback: whether ``PYTORCH_ENABLE_MPS_FALLBACK=1`` is assumed: operators without
             kernel then run on the CPU instead of raising.
     """
@@ -177,7 +177,7 @@ class Simulator:
         self._mode.__enter__()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation: the CPU's own when nothing of the device is in it."""
+        """Run one operation; without a tensor of the device it is the CPU's own."""
         simulated, others = _tensors(args, kwargs)
         target = kwargs.get("device")
         arrives = target is not None and torch.device(target).type == "mps"
@@ -193,9 +193,9 @@ class Simulator:
             self._missing(func)
         elif plan.served is Served.FALLBACK:
             self.recorder.finding(Kind.FALLBACK, plan.name)
-        if plan.opened is not None and simulated:
-            with self._mode:  # its parts are seen as well
-                return plan.opened(*args, **kwargs)
+        if plan.decomposition is not None and simulated:
+            with self._mode:  # so that the parts are seen, too
+                return plan.decomposition(*args, **kwargs)
         if refusal := self._refusals.reason(plan.name, args, kwargs):
             self._refuse(Kind.REFUSED, plan.name, refusal)
         return self._compute(plan, args, kwargs, simulated, leaves=target is not None and not arrives)
@@ -208,14 +208,14 @@ class Simulator:
         simulated: list[SimulatedTensor],
         leaves: bool,
     ) -> Any:
-        """On the held tensors; the outcome is on the device unless it ``leaves`` it."""
+        """Compute with the CPU tensors; the outcome is on the device unless the operation ``leaves`` it."""
         if kwargs:
-            kwargs = {key: _held(value) for key, value in kwargs.items()}
+            kwargs = {key: _on_cpu(value) for key, value in kwargs.items()}
             if kwargs.get("device") is not None and not leaves:
                 kwargs["device"] = _CPU
                 kwargs.pop("pin_memory", None)
-        outcome = plan.cpu(*[_held(value) for value in args], **kwargs)
-        if leaves or plan.name in _ANSWERS:
+        outcome = plan.cpu(*[_on_cpu(value) for value in args], **kwargs)
+        if leaves or plan.name in _NOT_ON_THE_DEVICE:
             return outcome
         if isinstance(outcome, torch.Tensor):
             return self._arrive(plan, outcome, simulated)
@@ -226,16 +226,18 @@ class Simulator:
             )
         return outcome
 
-    def _arrive(self, plan: _Plan, held: torch.Tensor, simulated: list[SimulatedTensor]) -> torch.Tensor:
-        for tensor in simulated:  # an operation in place gives back what it was given
-            if tensor.held is held:
-                if tensor.shape != held.shape or tensor.stride() != held.stride():
+    def _arrive(
+        self, plan: _Plan, cpu_tensor: torch.Tensor, simulated: list[SimulatedTensor]
+    ) -> torch.Tensor:
+        for tensor in simulated:  # an operation in place returns its argument
+            if tensor.cpu_tensor is cpu_tensor:
+                if tensor.shape != cpu_tensor.shape or tensor.stride() != cpu_tensor.stride():
                     _reshape(tensor, plan.name)
                 return tensor
-        if error := self._refusals.dtype(held.dtype):
-            kind = Kind.FLOAT64 if held.dtype == torch.float64 else Kind.REFUSED
-            self._refuse(kind, f"{plan.name} to {held.dtype}", error)
-        return SimulatedTensor(held)
+        if error := self._refusals.dtype(cpu_tensor.dtype):
+            kind = Kind.FLOAT64 if cpu_tensor.dtype == torch.float64 else Kind.REFUSED
+            self._refuse(kind, f"{plan.name} to {cpu_tensor.dtype}", error)
+        return SimulatedTensor(cpu_tensor)
 
     def _check_generator(self, plan: _Plan, kwargs: dict[str, Any]) -> None:
         generator = kwargs.get("generator")
@@ -267,7 +269,7 @@ class Simulator:
 
 
 class _Plan:
-    """What is done with an overload; worked out when it arrives for the first time."""
+    """What is done with an overload; decided when it arrives for the first time."""
 
     def __init__(self, func: Any, operators: Operators, python: dict[str, Callable[..., Any]]) -> None:
         namespace, _, name = func.name().partition("::")
@@ -278,37 +280,41 @@ class _Plan:
         self.by = _kernel_behind(self.name, operators) if self.served is Served.COMPOSITE else ""
         # Without a decomposition the CPU's kernel is called; linear_backward has none there.
         self.cpu: Callable[..., Any] = _linear_backward if self.name == "linear_backward" else func
-        self.opened: Callable[..., Any] | None = None
+        self.decomposition: Callable[..., Any] | None = None
         if self.served is Served.PYTHON:
-            self.opened = python[self.name]
+            self.decomposition = python[self.name]
         elif self.served is Served.COMPOSITE and implicit:
-            self.opened = func.decompose
+            self.decomposition = func.decompose
         elif (
             self.served is Served.COMPOSITE
             and not self.by
             and self.name not in _ALLOCATE | _CLOSED
             and not func.is_view
         ):
-            self.opened = lambda *args, **kwargs: func._op_dk(explicit, *args, **kwargs)
+            self.decomposition = lambda *args, **kwargs: func._op_dk(explicit, *args, **kwargs)
 
 
 def _kernel_behind(name: str, operators: Operators) -> str:
-    """The MPS kernel that a composite operator hands over to where the dispatcher cannot be watched.
+    """The MPS kernel that a composite operator calls where the dispatcher does not see it.
 
-    Besides those that choose by device: what makes an empty result and calls its ``.out``
-    variant, which would then have to change that result's shape.
+    These are the operators that choose by device, and those that make an empty result and call
+    their ``.out`` variant, which would then have to change the result's shape.
     """
     out = f"{name}.out"
     return BY_DEVICE.get(name, out if out in operators.kernels else "")
 
 
 def _reshape(tensor: SimulatedTensor, name: str) -> None:
-    """Give a tensor the shape that an operation in place gave to what it holds."""
-    held = tensor.held
+    """Give a tensor the shape that an operation in place gave to its CPU tensor."""
+    cpu_tensor = tensor.cpu_tensor
     try:
         as_strided_ = torch.ops.aten.as_strided_.default
         as_strided_._op_dk(
-            _explicit_key(as_strided_), tensor, held.size(), held.stride(), held.storage_offset()
+            _explicit_key(as_strided_),
+            tensor,
+            cpu_tensor.size(),
+            cpu_tensor.stride(),
+            cpu_tensor.storage_offset(),
         )
     except RuntimeError as error:
         raise NotImplementedError(
@@ -317,7 +323,7 @@ def _reshape(tensor: SimulatedTensor, name: str) -> None:
 
 
 def _explicit_key(func: Any) -> Any:
-    """The dispatch key under which an overload has a kernel for every backend; nothing without one."""
+    """The dispatch key under which an overload has a kernel for every backend; None without one."""
     for key in ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"):
         if _has(func, key):
             return getattr(torch._C.DispatchKey, key)
@@ -356,11 +362,11 @@ def _tensors(
     return simulated, others
 
 
-def _held(value: Any) -> Any:
+def _on_cpu(value: Any) -> Any:
     if isinstance(value, SimulatedTensor):
-        return value.held
+        return value.cpu_tensor
     if isinstance(value, (list, tuple)):
-        return type(value)(_held(part) for part in value)
+        return type(value)(_on_cpu(part) for part in value)
     return value
 
 
@@ -369,12 +375,12 @@ def _never_reached(*_args: Any, **_kwargs: Any) -> Any:
 
 
 def _linear_backward(
-    given: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+    tensor: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, output_mask: list[bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """What ``mps_linear_backward`` computes (native_functions.yaml has no CPU kernel for it)."""
+    """The gradients that ``mps_linear_backward`` computes (native_functions.yaml has no CPU kernel for it)."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     return (
-        gradient @ weight if wanted[0] else None,
-        rows.t() @ given.reshape(-1, given.shape[-1]) if wanted[1] else None,
-        rows.sum(0) if wanted[2] else None,
+        gradient @ weight if output_mask[0] else None,
+        rows.t() @ tensor.reshape(-1, tensor.shape[-1]) if output_mask[1] else None,
+        rows.sum(0) if output_mask[2] else None,
     )

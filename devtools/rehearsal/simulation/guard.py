@@ -1,10 +1,10 @@
-"""Make torch's C++ side believe in the device: its guard, and which accelerator there is.
+"""Register the device with torch's C++ side: its guard, and which accelerator there is.
 
-torch asks a *device guard* for the current device, for streams, and how many devices there
-are; builds for Linux have none for MPS, and without one a backward pass ends in an internal
-assertion. C++ would need five lines and a compiler. Here the tables of virtual functions of
-objects that torch already has are copied and one method of the copy is replaced, which needs
-neither. The places of the methods are checked before anything is changed.
+torch asks a *device guard* for the current device, for streams and for the number of devices.
+Builds for Linux have none for MPS, and without one a backward pass ends in an internal
+assertion. In C++ it would be five lines, and would need a compiler. Here the tables of virtual
+functions of objects that torch already has are copied, and methods of the copy are replaced,
+which needs none. The positions of the methods are checked before anything is changed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _GUARD_SLOTS = {"type": 0, "exchangeDevice": 1, "getDevice": 2}
 # at::AcceleratorHooksInterface begins with its two destructors, then these (torch 2.9 and later).
 _HOOK_SLOTS = {"isBuilt": 2, "isAvailable": 3, "hasPrimaryContext": 4}
 
-# What C++ points to must not be collected, ever.
+# What C++ points to must never be collected.
 _kept: list[Any] = []
 
 
 class GuardUnavailable(RuntimeError):
-    """This torch is laid out differently than those that the simulation knows."""
+    """This torch has another layout than those that the simulation knows."""
 
 
 def install() -> None:
     """Register a device guard for MPS, and make MPS the one accelerator.
 
     Raises:
-        GuardUnavailable: this torch is not laid out as expected; nothing was changed.
+        GuardUnavailable: this torch has an unknown layout; nothing was changed.
     """
     registry = _registry()
     if hasattr(torch._C, "_acc"):
@@ -67,13 +67,13 @@ def _registry() -> Any:
 
 
 def _renamed_meta_guard(registry: Any) -> int:
-    """The guard of the ``meta`` device, which does nothing, under the name of MPS.
+    """A copy of the ``meta`` device's guard, which does nothing, that reports MPS.
 
-    It is enough before torch 2.6: nothing asks for a stream yet.
+    It is enough before torch 2.6, where nothing asks for a stream.
     """
     original = registry[META]
-    asked = _TYPE_METHOD(_table(original)[_GUARD_SLOTS["type"]]) if original else None
-    if asked is None or asked(original) != META:
+    type_method = _TYPE_METHOD(_table(original)[_GUARD_SLOTS["type"]]) if original else None
+    if type_method is None or type_method(original) != META:
         raise GuardUnavailable(f"the guard of torch {torch.__version__}'s meta device is not as expected")
     the_only_one = _DEVICE_METHOD(lambda _guard: MPS)  # index 0 in the higher byte
     methods = {
@@ -85,7 +85,7 @@ def _renamed_meta_guard(registry: Any) -> int:
 
 
 def _python_guard(registry: Any) -> int:
-    """A guard that torch itself lets Python define, moved from its place to that of MPS."""
+    """A guard that torch lets Python define for another device, moved to the slot of MPS."""
 
     class Guard(torch._C._acc.DeviceGuard):
         def type_(self) -> Any:
@@ -102,7 +102,7 @@ def _python_guard(registry: Any) -> int:
 
 
 def _become_the_accelerator() -> None:
-    """``torch.accelerator`` and the autograd engine's streams: built for MPS and not for CUDA."""
+    """Have ``torch.accelerator`` and the autograd engine see a build for MPS and not for CUDA."""
     library = ctypes.CDLL(str(_libraries() / _file_name("torch_cpu")))
     for symbol, present in (
         ("_ZN2at6detail12getCUDAHooksEv", False),
@@ -120,7 +120,7 @@ def _become_the_accelerator() -> None:
 
 
 def _copy_with(original: int, methods: dict[int, Any]) -> int:
-    """The address of an object without members whose virtual functions are another's, some replaced."""
+    """The address of a new object with another one's virtual functions, some of them replaced."""
     table = (ctypes.c_void_p * _SLOTS)(*(_table(original)[slot] for slot in range(_SLOTS)))
     for slot, method in methods.items():
         table[slot] = ctypes.cast(method, ctypes.c_void_p)

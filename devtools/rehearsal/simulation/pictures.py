@@ -2,10 +2,10 @@
 
 usage: pictures.py OUT
 
-They are larger than those of the training step: of a 64 x 64 picture the middle of the UNet
-sees one position, where group normalization works on two numbers and magnifies the last bit
-of a float to 1e-4, and the losses of two correct devices could not be compared. They have
-an alpha channel, for the trainings that use it as a mask.
+They are larger than those of the training step. From a picture of 64 x 64 pixels, the middle of
+the UNet sees one position, where group normalization works on two numbers. That magnifies the
+last bit of a float to 1e-4, and the losses of two correct devices could not be compared. The
+alpha channel is for the trainings that use it as a mask.
 """
 
 import sys

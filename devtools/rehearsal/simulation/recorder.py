@@ -13,7 +13,7 @@ import torch
 from ..operators import Served
 from ..record import Finding, Kind, Operator
 
-# Frames of these are never the cause: torch itself, and the simulation.
+# Frames of torch and of the simulation are never the cause.
 _NOT_THE_CAUSE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen ", "<string>")
 UNKNOWN = "(called from C++)"
 
@@ -31,7 +31,7 @@ class Recorder:
         self._lock = threading.Lock()
 
     def operator(self, name: str, served: Served, by: str = "") -> None:
-        """An overload reached the device."""
+        """Note that an overload reached the device."""
         self._note_forward()
         if name in self._counts:
             self._counts[name] += 1
@@ -41,7 +41,7 @@ class Recorder:
             self._operators[name] = (served, self.where(), by)
 
     def finding(self, kind: Kind, what: str, raises: str = "") -> None:
-        """Something that is different on MPS happened at the present line."""
+        """Note something that is different on MPS, with the present line."""
         where = self.where()
         with self._lock:
             count, before = self._findings.get((kind, what, where), (0, ""))
@@ -50,8 +50,8 @@ class Recorder:
     def where(self) -> str:
         """File and line of the innermost caller that is neither torch nor the simulation.
 
-        Gradients are computed by a thread of torch's own, whose stack says nothing: there
-        the line is that of the forward pass that made the node of the graph.
+        Gradients are computed by a thread of torch's own, whose stack has no such caller. There
+        it is the line of the forward pass that made the node of the graph.
         """
         line = _caller()
         node = torch._C._current_autograd_node()
@@ -76,7 +76,7 @@ class Recorder:
 
     def _note_forward(self) -> None:
         # The node of the operation under way was numbered just before (as torch.fx's
-        # tracer relies on, torch/fx/proxy.py); what an operation consists of makes none.
+        # tracer relies on, torch/fx/proxy.py); the parts of an operation make none.
         node = torch.autograd._get_sequence_nr() - 1
         if node != self._last_node:
             self._last_node = node

@@ -1,8 +1,8 @@
-"""What the MPS device refuses although there is a kernel: rules with their source.
+"""What the MPS device refuses although it has a kernel: rules with their source.
 
-Only refusals that torch's own code states are here, each only for the versions whose macOS
-library has its text (see :mod:`devtools.rehearsal.texts`). So a log of a rehearsal reads
-like a log of a Mac.
+Only refusals that torch's own code states are here. Each applies to the versions whose macOS
+library has its message (see :mod:`devtools.rehearsal.texts`), so that the log of a rehearsal
+reads like that of a Mac.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..texts import Text
 _Arguments = tuple[Any, ...]
 
 # Types that the device does not know, by their names in C++ (native/mps/OperationUtils.mm, which
-# refuses all that it does not list; pytorch#148420 and pytorch#132624 for float8).
+# refuses every type that it does not list; pytorch#148420 and pytorch#132624 for float8).
 _UNKNOWN = {
     torch.complex128: "ComplexDouble",
     torch.float8_e4m3fn: "Float8_e4m3fn",
@@ -33,7 +33,7 @@ _LIFTED = {Text.CONVOLUTION_SIZE: (2, 6)}
 
 
 def devices(others: list[torch.Tensor], indexed: torch.Tensor | None) -> RuntimeError | None:
-    """Tensors of two devices in one operation (TensorIterator.cpp).
+    """The error for tensors of two devices in one operation, or None (TensorIterator.cpp).
 
     A CPU tensor without dimensions counts as a number. Indices may be on the CPU, but a CPU
     tensor cannot be indexed with those of another device (native/TensorAdvancedIndexing.cpp).
@@ -57,7 +57,7 @@ def devices(others: list[torch.Tensor], indexed: torch.Tensor | None) -> Runtime
 
 @dataclass(frozen=True)
 class Rule:
-    """A kernel that refuses some of its arguments: what it says, its overloads, and which arguments."""
+    """A kernel that refuses some arguments: its message, its overloads, and which arguments."""
 
     text: Text
     operators: tuple[str, ...]
@@ -70,16 +70,16 @@ def _integral(position: int) -> Callable[[_Arguments, dict[str, Any]], bool]:
 
 
 def _int64(args: _Arguments, _kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(given, torch.Tensor) and given.dtype == torch.int64 for given in args)
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.int64 for value in args)
 
 
 def _output_too_large(args: _Arguments, _kwargs: dict[str, Any]) -> bool:
-    """Any dimension of the result, not only the channels, as the loop in Convolution.mm has it."""
-    given, weight, _, stride, padding, dilation, transposed, _output_padding = args[:8]
+    """Whether a dimension of the result is too large: any one, as in the loop of Convolution.mm."""
+    tensor, weight, _, stride, padding, dilation, transposed, _output_padding = args[:8]
     if transposed:
         return False
     sizes = [weight.shape[0]]
-    for axis, length in enumerate(given.shape[2:]):
+    for axis, length in enumerate(tensor.shape[2:]):
         reach = dilation[axis % len(dilation)] * (weight.shape[2 + axis] - 1)
         padded = length + 2 * padding[axis % len(padding)]
         sizes.append((padded - reach - 1) // stride[axis % len(stride)] + 1)
@@ -87,8 +87,8 @@ def _output_too_large(args: _Arguments, _kwargs: dict[str, Any]) -> bool:
 
 
 def _not_divisible(args: _Arguments, _kwargs: dict[str, Any]) -> bool:
-    given, wanted = args[0].shape[-2:], args[1]
-    pairs = [(max(a, b), min(a, b)) for a, b in zip(given, wanted, strict=True)]
+    sizes, output_sizes = args[0].shape[-2:], args[1]
+    pairs = [(max(a, b), min(a, b)) for a, b in zip(sizes, output_sizes, strict=True)]
     return any(small and large % small for large, small in pairs)
 
 
@@ -135,21 +135,21 @@ class Refusals:
 
     Args:
         version: of torch.
-        texts: the refusals that the library of its macOS wheel has.
+        texts: the messages that the library of its macOS wheel has.
     """
 
     def __init__(self, version: str, texts: Iterable[str]) -> None:
-        now = tuple(int(part) for part in version.split(".")[:2])
-        there = set(texts)
-        self._has_float8 = Text.FLOAT8_KERNEL.value in there
+        this_version = tuple(int(part) for part in version.split(".")[:2])
+        present = set(texts)
+        self._has_float8 = Text.FLOAT8_KERNEL.value in present
         self._rules: dict[str, list[Rule]] = {}
         for rule in RULES:
-            if rule.text.value in there and now < _LIFTED.get(rule.text, (99, 0)):
+            if rule.text.value in present and this_version < _LIFTED.get(rule.text, (99, 0)):
                 for name in rule.operators:
                     self._rules.setdefault(name, []).append(rule)
 
     def dtype(self, kind: torch.dtype) -> TypeError | None:
-        """The error that a Mac raises when a tensor of this type is made on the device (mps/EmptyTensor.cpp)."""
+        """The error for a new tensor of this type on the device, or None (mps/EmptyTensor.cpp)."""
         if kind == torch.float64:
             return TypeError(Text.FLOAT64.value)
         if kind not in _UNKNOWN or (kind == torch.float8_e4m3fn and self._has_float8):
@@ -159,7 +159,7 @@ class Refusals:
         )
 
     def reason(self, name: str, args: _Arguments, kwargs: dict[str, Any]) -> Exception | None:
-        """The error that a Mac raises for this call, or nothing."""
+        """The error that a Mac raises for this call, or None."""
         for rule in self._rules.get(name, ()):
             if rule.refuses(args, kwargs):
                 return rule.error(rule.text.value)

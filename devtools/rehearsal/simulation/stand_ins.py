@@ -1,8 +1,8 @@
-"""What Python code asks torch about its devices, answered as a Mac answers.
+"""torch's Python functions about devices, with the answers that they have on a Mac.
 
-``torch.mps`` and ``torch.backends.mps`` are thin: they ask ``torch._C``, where Linux builds
-lack the functions. Those are put there. In turn the functions of CUDA are taken away, so that
-torch's own Python code says what it says in a build without CUDA.
+``torch.mps`` and ``torch.backends.mps`` are thin: they call functions of ``torch._C`` that Linux
+builds lack. Those are added. The functions of CUDA are removed, so that torch's own Python code
+behaves as in a build without CUDA.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..record import Kind
 from .device import DEVICE, GENERATORS, SimulatedTensor
 from .recorder import Recorder
 
-# Programs ask these to find out that there is no CUDA, which is their good right.
-_QUESTIONS = {
+# Programs call these to find out whether there is CUDA, which is no fault.
+_QUERIES = {
     "is_available", "is_initialized", "device_count", "is_bf16_supported", "is_current_stream_capturing",
     "amp_definitely_not_available", "get_arch_list", "get_gencode_flags", "is_tf32_supported",
 }  # fmt: skip
@@ -32,9 +32,9 @@ def install(recorder: Recorder, *, macos: tuple[int, int], memory: int) -> None:
     """Stand in for the Mac.
 
     Args:
-        recorder: where calls into ``torch.cuda`` are written down.
-        macos: the version of macOS to answer with.
-        memory: the bytes of memory that Metal recommends to use at most.
+        recorder: notes the calls into ``torch.cuda``.
+        macos: the version of macOS that is simulated.
+        memory: the bytes that Metal recommends to use at most.
     """
     _stand_in_for_mps(macos, memory)
     _take_cuda_away(recorder)
@@ -43,7 +43,7 @@ def install(recorder: Recorder, *, macos: tuple[int, int], memory: int) -> None:
 
 
 def _stand_in_for_mps(macos: tuple[int, int], memory: int) -> None:
-    """``torch.mps`` and ``torch.backends.mps``; there is no allocator, so nothing is allocated."""
+    """Add the functions of ``torch.mps`` and ``torch.backends.mps``; no memory is ever allocated."""
     answers: dict[str, Callable[..., Any]] = {
         "_mps_is_available": lambda: True,
         "_mps_is_on_macos_or_newer": lambda major, minor: (major, minor) <= macos,
@@ -74,19 +74,19 @@ def _take_cuda_away(recorder: Recorder) -> None:
     for name in [name for name in vars(torch._C) if name.startswith("_cuda_")]:
         delattr(torch._C, name)
     torch.version.cuda = None
-    # Rehearsals run in copies of a process, which CUDA does not like; there is no CUDA.
+    # Rehearsals run in copies of a process, which CUDA refuses; there is no CUDA here.
     torch.cuda._is_in_bad_fork = lambda: False
     for module in [module for name, module in sys.modules.items() if name.startswith("torch.cuda")]:
         for name, function in list(vars(module).items()):
             theirs = isinstance(function, FunctionType) and function.__module__.startswith("torch.cuda")
-            if theirs and not name.startswith("_") and name not in _QUESTIONS:
+            if theirs and not name.startswith("_") and name not in _QUERIES:
                 setattr(module, name, _recorded(function, recorder))
     # C++ calls it as well, for instance for tensor.to("cuda").
     torch.cuda._lazy_init = _recorded(torch.cuda._lazy_init, recorder)
 
 
 def _recorded(function: Any, recorder: Recorder) -> Any:
-    """``function``, writing down who called it and whether that raised."""
+    """``function``, with a note of each call and of the error that it raised."""
     what = "making CUDA ready" if function.__name__ == "_lazy_init" else f"torch.cuda.{function.__name__}"
 
     @functools.wraps(function)
@@ -95,7 +95,7 @@ def _recorded(function: Any, recorder: Recorder) -> Any:
         try:
             outcome = function(*args, **kwargs)
         except Exception as error:
-            # Written down once, by the innermost function that the program did not call itself.
+            # Noted once, by the innermost function.
             if not getattr(error, "recorded", False):
                 recorder.finding(Kind.CUDA, what, f"{type(error).__name__}: {error}")
                 error.recorded = True  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def _recorded(function: Any, recorder: Recorder) -> Any:
 
 
 def _make_tensors_from_data() -> None:
-    """``torch.tensor`` and its like copy to the device where no dispatch mode can see it."""
+    """Have ``torch.tensor`` and its kind copy to the device where a dispatch mode sees it."""
 
     def to_device(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(function)
@@ -133,7 +133,7 @@ def _make_tensors_from_data() -> None:
 
 
 def _make_generators() -> None:
-    """``torch.Generator("mps")``: a CPU generator that says so."""
+    """Have ``torch.Generator("mps")`` make a CPU generator that reports the device."""
     original: Any = torch.Generator
     kind: Any = type(original)
 
@@ -146,7 +146,7 @@ def _make_generators() -> None:
             if torch.device(device).type != "mps":
                 return original(device=device)
             generator = original.__new__(cls, device="cpu")
-            # C++ hands its own wrapper to the simulator: they are known by the address behind.
+            # C++ passes its own wrapper to the simulator: the address behind it identifies it.
             GENERATORS[generator._cdata] = generator
             return generator
 

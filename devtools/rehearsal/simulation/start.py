@@ -9,7 +9,7 @@ from . import attention, guard, stand_ins
 from .device import Simulator
 from .recorder import Recorder
 
-# What a small Mac answers: macOS 15.1 and the share of 16 GB that Metal recommends.
+# A small Mac: macOS 15.1, and the share of 16 GB that Metal recommends.
 MACOS = (15, 1)
 MEMORY = 11 << 30
 
@@ -18,12 +18,12 @@ def simulate(recorder: Recorder, *, fallback: bool = False) -> Simulator:
     """Simulate an MPS device from now on.
 
     Args:
-        recorder: what reaches the device is written down there.
+        recorder: notes what reaches the device.
         fallback: behave as with ``PYTORCH_ENABLE_MPS_FALLBACK=1``.
 
     Raises:
         LookupError: there is no operator data for this torch.
-        GuardUnavailable: this torch is laid out differently than those that are known.
+        GuardUnavailable: this torch has an unknown layout.
     """
     simulator = Simulator(operators.load(torch.__version__), recorder, fallback=fallback)
     guard.install()

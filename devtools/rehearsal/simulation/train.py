@@ -1,4 +1,4 @@
-"""Train as asked, on the simulated device or on the CPU, and write down what happened."""
+"""Train on the simulated device or on the CPU, and write down what happened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .start import simulate
 
 
 def train(request: Request) -> Record:
-    """Run the script of the request in this process, which is good for nothing else afterwards."""
+    """Run the script of the request in this process, which can do nothing else afterwards."""
     recorder = Recorder()
     losses: list[float] = []
     error = error_at = ""
@@ -33,7 +33,7 @@ def train(request: Request) -> Record:
         _run(request)
     except SystemExit as stop:
         error = "" if stop.code in (None, 0) else f"the script ended with {stop.code}"
-    except BaseException as reason:  # whatever ends a training is what the report is about
+    except BaseException as reason:  # the report is about whatever ends a training
         traceback.print_exc()
         error, error_at = f"{type(reason).__name__}: {reason}", raised_at(reason)
     return Record(
@@ -49,7 +49,7 @@ def train(request: Request) -> Record:
 
 
 def answer(request: Request) -> None:
-    """Train, and write the record to where the request wants it."""
+    """Train, and write the record to the file that the request names."""
     record.write(Path(request.result), train(request))
 
 
@@ -69,7 +69,7 @@ def _note_losses(losses: list[float]) -> None:
 
     def noted(self: Any, loss: torch.Tensor, **options: Any) -> Any:
         value = loss.detach()
-        losses.append(float(getattr(value, "held", value)))
+        losses.append(float(getattr(value, "cpu_tensor", value)))
         return backward(self, loss, **options)
 
     accelerate.Accelerator.backward = noted

@@ -32,9 +32,9 @@ FAULTS = Path(__file__).with_name("planted_faults.py")
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    apart = msgspec.structs.replace(settings.load(profile="validated"), home=sandbox.SANDBOX)
-    built = {m.profile: g for g in generations.present(Installation(apart.home)) if (m := g.manifest())}
-    generation = built.get("validated") or sandbox.ready(apart)
+    isolated = msgspec.structs.replace(settings.load(profile="validated"), home=sandbox.SANDBOX)
+    built = {m.profile: g for g in generations.present(Installation(isolated.home)) if (m := g.manifest())}
+    generation = built.get("validated") or sandbox.ready(isolated)
     return Stage(generation, None, "no", tmp_path_factory.mktemp("rehearsal"))
 
 
@@ -204,7 +204,7 @@ def with_kohya(stage: Stage) -> Stage:
 def rehearsed(stage: Stage, name: str, family: str = "sd15") -> tuple[Record, Record]:
     """One of the matrix's trainings with kohya's trainer: on the simulated device, and on the CPU."""
     known = runner.trainings()
-    everything = (*matrix.combinations(known, family, thorough=True), *matrix.options(known, family))
+    everything = (*matrix.combinations(known, family, thorough=True), *matrix.option_trainings(known, family))
     training = next(one for one in everything if one.name == name)
     pair = runner.requests(stage, training, stage.work / "one", fallback=False)
     runner.run(stage, pair, jobs=1)
@@ -259,12 +259,12 @@ def test_an_interrupted_matrix_goes_on_where_it_was(
     with_kohya: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings.load(profile="validated")
-    wanted = matrix.MatrixOptions(("validated",), ("sd15",), 1, "lokr with SGD", thorough=True)
-    first = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
+    options = matrix.MatrixOptions(("validated",), ("sd15",), 1, "lokr with SGD", thorough=True)
+    first = matrix.rehearse_family(with_kohya, chosen, "sd15", options)
     asked: list[Request] = []
     monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: asked.extend(requests))
 
-    again = matrix.rehearse_family(with_kohya, chosen, "sd15", wanted)
+    again = matrix.rehearse_family(with_kohya, chosen, "sd15", options)
 
     assert again == first
     assert [cell.trains for cell in first.combinations] == [True]

@@ -34,7 +34,7 @@ def rehearsed() -> Iterator[tuple[Outcomes, Training, Cell]]:
     for one in table.load(matrix.OUTCOMES):
         for training in (
             *matrix.combinations(known, one.family, thorough=True),
-            *matrix.options(known, one.family),
+            *matrix.option_trainings(known, one.family),
         ):
             if cell := one.cell(training.name):
                 yield one, training, cell

@@ -56,9 +56,9 @@ def test_other_losses_than_the_cpus_are_a_failure(losses: tuple[float, ...]) -> 
     assert row(judged(replace(GOOD, losses=losses)), "losses").status is Status.FAIL
 
 
-@pytest.mark.parametrize(("apart", "status"), [(1e-3, Status.PASS), (1e-2, Status.FAIL)])
-def test_half_precision_is_compared_as_half_precision(apart: float, status: Status) -> None:
-    near = replace(GOOD, losses=(1.0 + apart, 0.5))
+@pytest.mark.parametrize(("difference", "status"), [(1e-3, Status.PASS), (1e-2, Status.FAIL)])
+def test_half_precision_is_compared_as_half_precision(difference: float, status: Status) -> None:
+    near = replace(GOOD, losses=(1.0 + difference, 0.5))
 
     assert row(judged(near, precision="bf16"), "losses").status is status
 
@@ -124,7 +124,7 @@ def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_training_without_a_record_failed() -> None:
-    cell = table.cell("lora", Record("mps", "", (), 0.0, error="it ended without a word"), CPU)
+    cell = table.cell("lora", Record("mps", "", (), 0.0, error="it ended without a record"), CPU)
 
     assert not cell.trains
 
@@ -134,8 +134,8 @@ def outcomes(profile: str, *cells: Cell) -> Outcomes:
 
 
 def test_the_table_says_predicted_and_gives_each_reason_once() -> None:
-    trains = Cell("lora with AdamW", True, apart=2e-7)
-    slow = Cell("oft", True, on_cpu=("linalg_solve",), apart=0.0)
+    trains = Cell("lora with AdamW", True, loss_difference=2e-7)
+    slow = Cell("oft", True, on_cpu=("linalg_solve",), loss_difference=0.0)
     fails = Cell("fp16", False, "ValueError: fp16 (a.py:1)")
     everywhere = Cell("ia3", False, "TypeError: x (b.py:1)", everywhere=True)
     page = table.render(
@@ -168,7 +168,7 @@ def replace_error(cell: Cell) -> Cell:
 def test_losses_that_are_not_the_cpus_are_told_in_the_table() -> None:
     cell = table.cell("bf16", replace(GOOD, losses=(1.001, 0.5)), CPU)
 
-    assert cell.apart == pytest.approx(1e-3)
+    assert cell.loss_difference == pytest.approx(1e-3)
     assert "yes, losses 1e-03 from the CPU's" in table.render([outcomes("a", cell)])
 
 
@@ -191,7 +191,9 @@ def test_the_outcomes_are_those_of_the_trainings_that_are_rehearsed() -> None:
         everything = [t.name for t in matrix.combinations(known, one.family, thorough=True)]
         least = {t.name for t in matrix.combinations(known, one.family, thorough=False)}
         assert least <= set(combined) and combined == [name for name in everything if name in combined]
-        assert [cell.name for cell in one.options] == [t.name for t in matrix.options(known, one.family)]
+        assert [cell.name for cell in one.options] == [
+            t.name for t in matrix.option_trainings(known, one.family)
+        ]
 
 
 def test_each_network_and_each_optimizer_is_met_and_thoroughly_each_by_each() -> None:
@@ -219,17 +221,17 @@ def test_a_training_gets_no_more_memory_than_its_share() -> None:
 def test_an_option_stands_alone_with_the_plainest_network_and_optimizer() -> None:
     known = runner.trainings()
 
-    validation = next(one for one in matrix.options(known, "sd15") if one.name == "validation")
+    validation = next(one for one in matrix.option_trainings(known, "sd15") if one.name == "validation")
 
     assert validation.arguments[-4:] == ("--validation_split", "0.5", "--validate_every_n_steps", "2")
     assert {"networks.lora", "AdamW"} < set(validation.arguments)
 
 
 def test_what_follows_a_second_dash_dash_is_the_trainers() -> None:
-    wanted = runner.parse_options(["--network", "loha", "--fallback", "--", "--loss_type", "huber"])
+    options = runner.parse_options(["--network", "loha", "--fallback", "--", "--loss_type", "huber"])
 
-    assert (wanted.network, wanted.fallback) == ("loha", True)
-    assert wanted.arguments == ("--loss_type", "huber")
+    assert (options.network, options.fallback) == ("loha", True)
+    assert options.arguments == ("--loss_type", "huber")
 
 
 def test_the_built_in_training_has_no_options_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
