@@ -76,7 +76,7 @@ def test_the_page_of_commands_has_every_task_with_its_options_and_every_session(
 def test_sessions_stand_under_when_they_run() -> None:
     groups = pages._sessions()
 
-    assert [("lint" in group, "real" in group, "bench" in group) for group in groups.values()] == [
+    assert [("lint" in group, "coverage" in group, "bench" in group) for group in groups.values()] == [
         (True, False, False), (False, True, False), (False, False, True),
     ]  # fmt: skip
 
