@@ -1,7 +1,7 @@
 """The accelerate configuration: written by accelerate's helper, corrected, read back, checked.
 
-It lies beside the environment, and every launch names it. accelerate's default location
-gets a copy while nobody else's file is there.
+It is kept beside the environment, and every launch names it. A copy goes to accelerate's
+default location, unless somebody else's file is there.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _BACKUP = ".before-kohya-mps"
 
 
 def fields(settings: Settings) -> dict[str, object]:
-    """Every field that decides how a training is launched: one process on one machine's device."""
+    """The fields for one process on this machine's device."""
     return _template("mps" if on_mac() else "one-gpu") | {"mixed_precision": settings.mixed_precision}
 
 
 class ProcessLayout(msgspec.Struct, frozen=True):
-    """How trainings are spread: processes on each machine, and this machine among several.
+    """How a training is distributed over processes and machines.
 
-    ``rank`` counts from 0; ``address`` and ``port`` are the first machine's, as the others reach it.
+    ``processes``: on each machine. ``rank``: this machine's number, from 0. ``address`` and
+    ``port``: where the other machines reach the first.
     """
 
     processes: int = 1
@@ -45,7 +46,7 @@ class ProcessLayout(msgspec.Struct, frozen=True):
     port: int = 29500
 
     def check(self) -> None:
-        """Raise UsageError for what cannot be meant, or cannot be had on this device."""
+        """Raise UsageError for an invalid layout, and for one that this device cannot have."""
         if self.processes < 1 or self.machines < 1:
             raise UsageError("--processes and --machines: accepted: 1 or more")
         if not 0 <= self.rank < self.machines:
@@ -55,26 +56,25 @@ class ProcessLayout(msgspec.Struct, frozen=True):
             )
         if self.machines > 1 and not self.address:
             raise UsageError(
-                "--main-address is not given", "give the first machine's address, as the others reach it"
+                "--main-address is missing", "give the address at which the others reach the first machine"
             )
         if not 0 < self.port < 65536:
             raise UsageError(f"--main-port: {self.port} is no port", "accepted: 1 to 65535")
         if on_mac() and (self.processes, self.machines) != (1, 1):
             raise UsageError(
-                "MPS is one device that several processes cannot train on together "
-                "(torch.distributed has no backend for it)",
+                "several processes cannot train together on MPS (torch.distributed has no backend for it)",
                 "train on one Mac with one process, or on machines with CUDA",
             )
 
 
 def configure_distributed(settings: Settings, generation: Generation, layout: ProcessLayout) -> Check:
-    """Write how trainings are launched from now on, or go back to one process.
+    """Write the configuration that trainings are launched with from now on.
 
-    The configuration lies in the home, not in a generation: it stays when the environment
-    is renewed, and the verification goes on with one process.
+    One process on one machine removes it again. It is kept in the home, not in a generation:
+    it stays when the environment is rebuilt. Verification always uses one process.
 
     Raises:
-        UsageError: the layout cannot be meant.
+        UsageError: the layout is invalid.
         StepFailed: accelerate reads something else than was written.
     """
     layout.check()
@@ -82,19 +82,17 @@ def configure_distributed(settings: Settings, generation: Generation, layout: Pr
     if (layout.processes, layout.machines) == (1, 1):
         target.unlink(missing_ok=True)
         return Check(name, Status.PASS, "one process on this machine")
-    wanted = _template("several-machines" if layout.machines > 1 else "several-gpus") | {
+    values = _template("several-machines" if layout.machines > 1 else "several-gpus") | {
         "mixed_precision": settings.mixed_precision,
         "num_processes": layout.processes * layout.machines,
         "num_machines": layout.machines,
         "machine_rank": layout.rank,
     }
     if layout.machines > 1:
-        wanted |= {"main_process_ip": layout.address, "main_process_port": layout.port}
-    _write_checked(generation, target, wanted)
+        values |= {"main_process_ip": layout.address, "main_process_port": layout.port}
+    _write_checked(generation, target, values)
     machines = (
-        f" on each of {layout.machines} machines, this being number {layout.rank}"
-        if layout.machines > 1
-        else ""
+        f" on each of {layout.machines} machines, this is number {layout.rank}" if layout.machines > 1 else ""
     )
     plural = "es" if layout.processes > 1 else ""
     return Check(name, Status.PASS, f"{layout.processes} process{plural}{machines}: {target}")
@@ -108,7 +106,7 @@ def check_precision(settings: Settings) -> None:
     """Refuse a mixed precision that this device cannot train with.
 
     Raises:
-        UsageError: with the reason and what the profile allows.
+        UsageError: with the reason, and the precisions that the profile allows.
     """
     device = expected_device()
     allowed = settings.profile.precisions(device)
@@ -127,11 +125,11 @@ def check_precision(settings: Settings) -> None:
 
 
 def configure(settings: Settings, generation: Generation, *, replace_default: bool = False) -> Report:
-    """Write and check the configuration of a generation, and the default one where it is ours to write.
+    """Write and check the configuration of a generation, and accelerate's default where that is ours.
 
     Args:
         settings: the mixed precision, and the profile that limits it.
-        generation: whose environment and configuration it is.
+        generation: the environment whose configuration is written.
         replace_default: back up somebody else's default configuration and replace it.
     """
     check_precision(settings)
@@ -141,22 +139,23 @@ def configure(settings: Settings, generation: Generation, *, replace_default: bo
 
 
 def write_own(settings: Settings, generation: Generation) -> Check:
-    """The configuration beside the environment, which every launch of ours names.
+    """Write the configuration beside the environment; every launch of ours names it.
 
     Raises:
         StepFailed: accelerate could not write it, or reads back something else.
     """
-    name, wanted, target = "accelerate configuration", fields(settings), generation.accelerate_config
-    if is_current(target, wanted):
+    name, values, target = "accelerate configuration", fields(settings), generation.accelerate_config
+    if is_current(target, values):
         return Check(name, Status.PASS, f"{target} is in place")
-    _write_checked(generation, target, wanted)
+    _write_checked(generation, target, values)
     return Check(name, Status.PASS, f"{target}: use_cpu false, mixed_precision {settings.mixed_precision}")
 
 
-def _write_checked(generation: Generation, target: Path, wanted: dict[str, object]) -> None:
+def _write_checked(generation: Generation, target: Path, values: dict[str, object]) -> None:
+    """Write a configuration with accelerate, and compare what accelerate reads back."""
     try:
         printed = accelerate_launch.probe(
-            generation, PROBES / "accelerate_config.py", str(target), json.dumps(wanted)
+            generation, PROBES / "accelerate_config.py", str(target), json.dumps(values)
         )
     except accelerate_launch.ProbeFailed as error:
         raise StepFailed(
@@ -165,29 +164,29 @@ def _write_checked(generation: Generation, target: Path, wanted: dict[str, objec
     read_back = json.loads(printed)
     wrong = [
         f"{key} is {read_back.get(key)!r}, not {value!r}"
-        for key, value in wanted.items()
-        if _unlike(read_back.get(key), value)
+        for key, value in values.items()
+        if _differs(read_back.get(key), value)
     ]
     if wrong:
-        raise StepFailed(f"accelerate reads {target} differently than it was written: {'; '.join(wrong)}")
+        raise StepFailed(f"accelerate does not read {target} as it was written: {'; '.join(wrong)}")
 
 
-def is_current(path: Path, wanted: dict[str, object]) -> bool:
-    """Whether a configuration says what is wanted, field by field."""
+def is_current(path: Path, values: dict[str, object]) -> bool:
+    """Whether a configuration has these values; it may have further fields."""
     try:
         present = read_yaml(path, dict[str, object])
     except UsageError:
         return False
-    return all(key in present and present[key] == value for key, value in wanted.items())
+    return all(key in present and present[key] == value for key, value in values.items())
 
 
 def default_location() -> Path:
-    """Where accelerate looks when no file is named (accelerate 1.3.0, config_args.py, lines 31 to 43)."""
+    """The file that accelerate reads when none is named (accelerate 1.3.0, config_args.py, lines 31 to 43)."""
     return hugging_face_home() / "accelerate" / "default_config.yaml"
 
 
 def is_ours(path: Path) -> bool:
-    """Whether this project wrote a default configuration and nobody edited it since."""
+    """Whether this project wrote a default configuration, and nobody has edited it since."""
     try:
         head, _, body = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
@@ -196,25 +195,28 @@ def is_ours(path: Path) -> bool:
 
 
 def backup(default: Path) -> Path:
-    """Where somebody else's default configuration is kept while ours is in its place."""
+    """The backup of somebody else's default configuration that ours replaced."""
     return default.with_name(default.name + _BACKUP)
 
 
 def original(kept: Path) -> Path:
-    """Where a backup belongs."""
+    """The path that a backup was moved from."""
     return kept.with_name(kept.name.removesuffix(_BACKUP))
 
 
 def exists(path: Path) -> bool:
-    """Whether anything, a dangling link too, has this name."""
+    """Whether anything has this name, a dangling link included."""
     return os.path.lexists(path)
 
 
 def write_default(generation: Generation, *, replace: bool = False) -> Check:
-    """Copy a generation's configuration to accelerate's default location, if it is ours to write.
+    """Copy a generation's configuration to accelerate's default location.
 
-    A file that this project did not write, or that was edited since, is named and left
-    alone; ``replace`` backs it up first.
+    A file that this project did not write, or that was edited since, is left alone, and the
+    check says so. With ``replace`` it is backed up and replaced.
+
+    Raises:
+        UsageError: there is a backup already, which would be overwritten.
     """
     name, path = "accelerate default", default_location()
     body = generation.accelerate_config.read_text(encoding="utf-8")
@@ -231,7 +233,7 @@ def write_default(generation: Generation, *, replace: bool = False) -> Check:
         if exists(kept):
             raise UsageError(f"{kept} exists already and would be overwritten", "move it away first")
         path.rename(kept)
-        note = f"; the one that was there is {kept.name}"
+        note = f"; the previous one is {kept.name}"
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != content:
             write_atomic(path, content.encode())
@@ -242,7 +244,7 @@ def write_default(generation: Generation, *, replace: bool = False) -> Check:
     return Check(name, Status.PASS, f"{path}{note}")
 
 
-def _unlike(found: object, wanted: object) -> bool:
-    # accelerate turns some of its fields into enumerations of its own.
-    told = str(found).upper()
-    return str(wanted).upper() not in (told, told.rpartition(".")[2])
+def _differs(found: object, written: object) -> bool:
+    # accelerate turns some of its fields into enumerations: "no" is read as MixedPrecision.NO.
+    name = str(found).upper()
+    return str(written).upper() not in (name, name.rpartition(".")[2])

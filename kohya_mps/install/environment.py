@@ -25,7 +25,7 @@ from .generations import Generation, Manifest
 
 
 class Interpreter(msgspec.Struct, frozen=True):
-    """A Python that environments are made from."""
+    """A Python that environments are made with: its path, version and architecture."""
 
     path: str
     version: str
@@ -33,11 +33,11 @@ class Interpreter(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What a build would have to do.
+    """What a build has to do.
 
-    ``gui`` is whether kohya's web page is to be in it. ``usable`` is a complete, unchanged
-    generation of the lock. ``changed`` is one whose distributions named in ``differences`` are
-    no longer as they were built.
+    ``gui``: whether kohya's web page is installed too. ``usable``: a complete generation of
+    the lock, as it was built. ``changed``: a generation of the lock that is no longer as it
+    was built; ``differences`` says in what.
     """
 
     lock: lockfile.Lock
@@ -52,7 +52,8 @@ def plan(settings: Settings, *, gui: bool | None = None) -> Plan:
 
     Args:
         settings: the home and the profile.
-        gui: with kohya's web page, or without it; when not given, as in the active generation, or the last one that was.
+        gui: with kohya's web page, or without it. None: as in the active generation, or the
+            last one that was active.
     """
     if gui is None:
         latest = generations.latest(Installation(settings.home))
@@ -75,7 +76,8 @@ def plan(settings: Settings, *, gui: bool | None = None) -> Plan:
 def rebuild(settings: Settings) -> Report:
     """``nox -s venv``: build the environment and make it the active one.
 
-    Without checkout and verification; the configuration is that of the one before it.
+    There is no checkout and no verification. The configuration is copied from the generation
+    that was active before.
     """
     home = Installation(settings.home)
     check_location(home)
@@ -89,17 +91,16 @@ def rebuild(settings: Settings) -> Report:
         gone = generations.prune(home, settings.generations_kept)
     how = "in place" if generation == planned.usable else "built"
     built = Check("environment", Status.PASS, f"{generation.name} {how}, active as {home.venv}")
-    collected = Check(
+    pruned = Check(
         "older generations", Status.PASS, f"removed {', '.join(gone)}" if gone else "none to remove"
     )
-    return Report(f"Environment of {home.root}", (built, collected), {"generation": generation.name})
+    return Report(f"Environment of {home.root}", (built, pruned), {"generation": generation.name})
 
 
 def build(settings: Settings, planned: Plan | None = None) -> Generation:
-    """Bring about a complete generation of the profile's lock, beside the active one.
+    """Return a complete generation of the profile's lock; build it beside the active one if there is none.
 
-    A complete, unchanged one of the same lock is taken as it is. The result is not made
-    active; :func:`kohya_mps.install.generations.activate` does that.
+    The result is not made active; :func:`kohya_mps.install.generations.activate` does that.
 
     Raises:
         UsageError: no fitting Python, too little disk, an unreadable lock.
@@ -110,9 +111,9 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
         return planned.usable
     if planned.changed:
         names = [difference.name for difference in planned.differences]
-        say(f"  {planned.changed.name} is not as it was built ({', '.join(names[:5])}): building it anew")
+        say(f"  {planned.changed.name} is not as it was built ({', '.join(names[:5])}): building it again")
         if edited := inventory.damaged(planned.changed.venv, names):
-            # uv links files out of its cache: what was edited here was edited there.
+            # uv links files from its cache: what was edited here was edited there, too.
             capture([uv(), "cache", "clean", *edited])
     else:
         check_disk(home, settings.profile)
@@ -138,10 +139,13 @@ def build(settings: Settings, planned: Plan | None = None) -> Generation:
 
 
 def install(venv: Path, python: str, lock: lockfile.Lock) -> inventory.Inventory:
-    """Make a new environment at ``venv``, install the lock into it with uv, and check the result.
+    """Make a new environment, install the lock into it with uv, and check the result.
 
-    No version is resolved and nothing is built from source. Files come as links or clones
-    from uv's cache, so a second environment costs next to no disk.
+    No version is resolved and no package is built from source. Files are linked or cloned
+    from uv's cache, so that a second environment needs almost no disk.
+
+    Raises:
+        StepFailed: uv failed, or the environment does not match the lock.
     """
     make = capture(
         [uv(), "venv", "--quiet", "--no-project", "--prompt", "kohya_ss", "--python", python, venv], cwd=ROOT
@@ -156,19 +160,22 @@ def install(venv: Path, python: str, lock: lockfile.Lock) -> inventory.Inventory
         capture([uv(), "cache", "clean", *found.incomplete])
         sync(venv, lock, reinstall=found.incomplete)
         found = inventory.take(venv)
-    wanted = lock.versions(lockfile.here(on_mac()))
-    wrong = compare(wanted, {name: found.distributions[name].version for name in found.distributions})
+    installed = {name: distribution.version for name, distribution in found.distributions.items()}
+    wrong = compare(lock.versions(lockfile.here(on_mac())), installed)
     wrong += [f"{name} is incomplete" for name in found.incomplete]
     if wrong:
-        raise StepFailed(f"the environment does not hold what the lock says: {'; '.join(wrong[:5])}")
+        raise StepFailed(f"the environment does not match the lock: {'; '.join(wrong[:5])}")
     return found
 
 
 def sync(venv: Path, lock: lockfile.Lock, reinstall: tuple[str, ...] = ()) -> None:
-    """Install exactly the lock's packages with ``uv pip sync``, digests checked.
+    """Install exactly the lock's packages with ``uv pip sync``, and check their digests.
 
-    What uv's cache holds is taken without asking any index; then the index is asked, and
-    the extra indexes that pip is configured with only where that was not enough.
+    First from uv's cache alone, without a network; then from the index; and only if that
+    fails from the extra indexes that pip is configured with, too.
+
+    Raises:
+        StepFailed: with the reason: a hash, the disk, or uv's last line.
     """
     command = [uv(), "pip", "sync", "--python", str(venv / "bin" / "python"), "--require-hashes"]
     command += [
@@ -191,7 +198,7 @@ def sync(venv: Path, lock: lockfile.Lock, reinstall: tuple[str, ...] = ()) -> No
         raise StepFailed(
             f"a package does not have the hash that {lock.path.name} says (uv's message is above)",
             f"`git diff {lock.path.name}` shows whether the lock was changed; "
-            "if it was not, the index or mirror serves something else",
+            "if it was not, the index or mirror serves another file",
         )
     if "No space left" in done.tail:
         raise StepFailed(
@@ -203,28 +210,28 @@ def sync(venv: Path, lock: lockfile.Lock, reinstall: tuple[str, ...] = ()) -> No
     )
 
 
-def compare(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
-    """How an environment's versions differ from the lock's, one line each."""
+def compare(locked: dict[str, str], found: dict[str, str]) -> list[str]:
+    """The differences between the versions of a lock and of an environment, one line each."""
     lines = [
         f"{name} {version} is {found.get(name, 'missing')}"
-        for name, version in sorted(wanted.items())
+        for name, version in sorted(locked.items())
         if found.get(name) != version
     ]
     return lines + [
-        f"{name} {found[name]} is not in the lock" for name in sorted(found.keys() - wanted.keys())
+        f"{name} {found[name]} is not in the lock" for name in sorted(found.keys() - locked.keys())
     ]
 
 
 def find_python(profile: Profile) -> Interpreter:
-    """A Python of the profile's version, native to this machine; uv downloads one if there is none.
+    """Find a Python of the profile's version that is native to this machine.
 
-    The one that runs this is taken when it fits.
+    The one that runs this is taken where it fits. If there is none, uv downloads one.
 
     Raises:
-        UsageError: none can be had, or this is a Mac and it is not native.
+        UsageError: there is none and none can be downloaded, or it does not run.
     """
     own = Interpreter(
-        # Not resolved: Homebrew's links outlive the versions that they point to.
+        # Not resolved: Homebrew's links stay when the version that they point to goes.
         getattr(sys, "_base_executable", sys.executable),
         platform.python_version(),
         platform.machine(),
@@ -234,29 +241,29 @@ def find_python(profile: Profile) -> Interpreter:
     request = f"cpython-{profile.python}-macos-aarch64-none" if on_mac() else profile.python
     found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
     if found.returncode:
-        say(f"  no Python {profile.python} here: uv fetches one")
+        say(f"  there is no Python {profile.python}: uv downloads one")
         stream([uv(), "python", "install", "--no-bin", request], cwd=ROOT)
         found = capture([uv(), "python", "find", "--system", "--no-project", request], cwd=ROOT)
     if found.returncode:
         how = "`brew install python@3.11`" if on_mac() else "your system's package manager"
         raise UsageError(
             f"Python {profile.python} was not found, and uv could not download one "
-            f"(kohya_ss and the lock agree on {profile.python} alone; this is {platform.python_version()})",
+            f"(kohya_ss and the lock need {profile.python}; this is {platform.python_version()})",
             f"install it with {how}, or get online and run the same command again",
         )
     path = found.stdout.strip()
-    ask = "import platform; print(platform.python_version(), platform.machine())"
-    answer = capture([path, "-I", "-c", ask])
-    if answer.returncode:
+    code = "import platform; print(platform.python_version(), platform.machine())"
+    printed = capture([path, "-I", "-c", code])
+    if printed.returncode:
         raise UsageError(
-            f"{path} does not run: {answer.stderr.strip()}", f"install Python {profile.python} again"
+            f"{path} does not run: {printed.stderr.strip()}", f"install Python {profile.python} again"
         )
-    version, machine = answer.stdout.split()
+    version, machine = printed.stdout.split()
     return Interpreter(path, version, machine)
 
 
 def check_disk(home: Installation, profile: Profile) -> None:
-    """Refuse to begin what cannot end well.
+    """Refuse a first installation that the disk has no room for.
 
     Raises:
         UsageError: less free disk than the profile says a first installation needs.
@@ -271,8 +278,8 @@ def check_disk(home: Installation, profile: Profile) -> None:
 
 
 def _fresh(home: Installation, settings: Settings, planned: Plan, interpreter: Interpreter) -> Generation:
-    """An unused directory, named after what goes into it; an interrupted build in it is removed."""
-    what = "\0".join(
+    """Make an empty directory, named after the build's inputs; an interrupted build in it is removed."""
+    inputs = "\0".join(
         (
             planned.lock.digest,
             settings.profile_name,
@@ -282,7 +289,7 @@ def _fresh(home: Installation, settings: Settings, planned: Plan, interpreter: I
         )
     )
     page = "-gui" if planned.gui else ""
-    name = f"{settings.profile_name}{page}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    name = f"{settings.profile_name}{page}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
     number = 1
     while True:
         generation = Generation(home.generations / (name if number == 1 else f"{name}-{number}"))

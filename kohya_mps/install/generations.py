@@ -2,8 +2,8 @@
 
 A generation is a directory with the environment (``venv/``), what was built into it
 (``manifest.json``, written last: without it the build was interrupted), its accelerate
-configuration and, once it was verified, its receipt. ``KOHYA_HOME/venv`` links to the
-active one; switching is one rename, and everything that belongs together switches with it.
+configuration and, after set-up, its receipt. ``KOHYA_HOME/venv`` links to the active one.
+Switching is one rename, and the configuration and the receipt switch with it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .inventory import Inventory
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What went into an environment and what came out.
+    """The inputs and the result of a build.
 
-    ``lock`` is the digest of the constraints file, ``seconds`` how long the build took,
-    ``gui`` whether the lock was that with kohya's web page.
+    ``lock``: the SHA-256 of the constraints file. ``seconds``: how long the build took.
+    ``gui``: whether the lock is the one with kohya's web page.
     """
 
     profile: str
@@ -42,13 +42,13 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """One built, or half-built, environment in its directory."""
+    """A directory with one environment, completely built or not."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """Made from what went into it; a repaired one has a number behind it."""
+        """The profile and a digest of the build's inputs; a repaired one has a number at the end."""
         return self.path.name
 
     @property
@@ -73,7 +73,7 @@ class Generation(msgspec.Struct, frozen=True):
 
     @property
     def manifest_file(self) -> Path:
-        """Written last, so that a generation without it was not built to its end."""
+        """The record of the build. It is written last: without it the build did not finish."""
         return self.path / MANIFEST
 
     @property
@@ -82,23 +82,23 @@ class Generation(msgspec.Struct, frozen=True):
         return self.path / "turn"
 
     def manifest(self) -> Manifest | None:
-        """What was built; nothing when the build did not finish."""
+        """The record of the build; None when the build did not finish."""
         try:
             return msgspec.json.decode(self.manifest_file.read_bytes(), type=Manifest)
         except (OSError, msgspec.DecodeError):
             return None
 
     def has_gui(self) -> bool:
-        """Whether kohya's web page is installed besides the trainer."""
+        """Whether kohya's web page is installed, too."""
         manifest = self.manifest()
         return manifest is not None and manifest.gui
 
     def complete(self, manifest: Manifest) -> None:
-        """Declare the build finished: the last thing written."""
+        """Write the manifest: the build is finished."""
         write_atomic(self.manifest_file, msgspec.json.encode(manifest))
 
     def activation_number(self) -> int:
-        """A number that grows with each activation; 0 when it was never active."""
+        """A number that increases with each activation in the home; 0 for one that never was active."""
         try:
             return int(self.activation_file.read_text(encoding="ascii"))
         except (OSError, ValueError):
@@ -106,7 +106,7 @@ class Generation(msgspec.Struct, frozen=True):
 
 
 def present(home: Installation) -> list[Generation]:
-    """All generations of a home, the latest active one first, interrupted builds last."""
+    """All generations of a home, the one that was activated last first, interrupted builds last."""
     if not home.generations.is_dir():
         return []
     found = [Generation(path) for path in sorted(home.generations.iterdir()) if path.is_dir()]
@@ -128,7 +128,7 @@ def active(home: Installation) -> Generation | None:
 
 
 def latest(home: Installation) -> Generation | None:
-    """The complete generation that is active or was the last to be."""
+    """The complete generation that was activated last."""
     return next((g for g in _complete(home) if g.activation_number()), None)
 
 
@@ -144,10 +144,10 @@ def foreign_venv(home: Installation) -> bool:
 
 
 def set_aside_foreign_venv(home: Installation, *, replace: bool) -> None:
-    """Move an environment that somebody else made aside when asked; it is never touched otherwise.
+    """Move an environment that somebody else made aside, if ``replace`` says so.
 
     Raises:
-        UsageError: there is one, and ``replace`` was not asked for.
+        UsageError: there is one, and ``replace`` is false.
     """
     if not foreign_venv(home):
         return
@@ -170,25 +170,24 @@ def activate(home: Installation, generation: Generation) -> None:
     if generation.manifest() is None:
         raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
     if active(home) != generation or not generation.activation_number():
-        turns = [g.activation_number() for g in present(home)]
-        write_atomic(generation.activation_file, str(max(turns, default=0) + 1).encode())
+        numbers = [g.activation_number() for g in present(home)]
+        write_atomic(generation.activation_file, str(max(numbers, default=0) + 1).encode())
         link_atomic(home.venv, generation.venv)
 
 
 def prune(home: Installation, keep: int) -> list[str]:
-    """Remove interrupted builds and all but the newest ``keep`` generations.
+    """Remove interrupted builds, and all but the ``keep`` generations that were active last.
 
-    Never the active one, nor the one before it while two or more are kept, nor one that a
-    training still runs from. A second generation of the active one's lock was replaced
-    because it had been changed; it goes.
+    The active one always stays, and one that a training still runs from. Another generation
+    of the active one's profile and lock goes: it was replaced because it had been changed.
 
     Returns:
-        The names of what was removed.
+        The names of the removed generations.
     """
     now = linked(home)
-    made_of = _origin(now) if now else None
-    complete = [g for g in _complete(home) if g != now and g.activation_number() and _origin(g) != made_of]
-    kept = [*([now] if now else []), *complete[: max(keep - 1, 0)]]
+    origin = _origin(now) if now else None
+    others = [g for g in _complete(home) if g != now and g.activation_number() and _origin(g) != origin]
+    kept = [*([now] if now else []), *others[: max(keep - 1, 0)]]
     gone = []
     for generation in present(home):
         if generation in kept:
@@ -202,7 +201,7 @@ def prune(home: Installation, keep: int) -> list[str]:
 
 
 def discard(generation: Generation) -> None:
-    """Remove a generation, so that at no moment it looks complete while it is not."""
+    """Remove a generation; its manifest goes first, so that a half-removed one never looks complete."""
     generation.manifest_file.unlink(missing_ok=True)
     shutil.rmtree(generation.path)
 

@@ -1,7 +1,7 @@
-"""What is installed in an environment, found from its files alone and fast enough for a status.
+"""What is installed in an environment, found out from its files, fast enough for ``invoke status``.
 
-Each distribution gets a fingerprint of its files' sizes and modification times: reading
-25,000 file sizes takes a tenth of a second, reading five gigabytes does not.
+Each distribution has a fingerprint of its files' sizes and modification times. Reading
+those of 25,000 files takes a tenth of a second; reading their five gigabytes does not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """An environment's distributions by canonical name, and what else lies beside them.
+    """An environment's distributions by canonical name, and what else is in it.
 
-    ``entries`` are the names in site-packages, ``configuration`` a digest of ``pyvenv.cfg``
-    and of what ``bin/python`` links to, ``bytes`` the sum of all files' sizes, and
-    ``incomplete`` names the distributions with a file that is missing or has another size
-    than its wheel says.
+    ``entries``: the names in site-packages. ``configuration``: a digest of ``pyvenv.cfg`` and
+    of the target of ``bin/python``. ``bytes``: the sum of all files' sizes. ``incomplete``:
+    the distributions with a file that is missing, or whose size is not the wheel's.
     """
 
     distributions: dict[str, Distribution]
@@ -41,7 +40,7 @@ class Inventory(msgspec.Struct, frozen=True):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One thing that is not as it was built: ``missing``, ``added`` or ``changed``."""
+    """One difference from what was built; ``kind`` is ``missing``, ``added`` or ``changed``."""
 
     kind: str
     name: str
@@ -49,7 +48,7 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 def site_packages(venv: Path) -> Path:
-    """Where the environment's packages lie; the path when there is none, too."""
+    """The environment's site-packages; a path in any case, even if there is no environment."""
     return next(iter(sorted((venv / "lib").glob("python3.*/site-packages"))), venv / "lib" / "site-packages")
 
 
@@ -59,7 +58,7 @@ def versions(venv: Path) -> dict[str, str]:
 
 
 def take(venv: Path) -> Inventory:
-    """Look at every file of every distribution once."""
+    """Take the inventory of an environment; reads the size and time of every file."""
     site = site_packages(venv)
     found, total, incomplete = {}, 0, []
     for name, version, info in _distributions(site):
@@ -79,7 +78,7 @@ def take(venv: Path) -> Inventory:
 
 
 def differences(built: Inventory, now: Inventory) -> list[Difference]:
-    """What changed since the environment was built, most telling first."""
+    """What changed since the environment was built: distributions first, then stray files."""
     found = []
     for name, was in sorted(built.distributions.items()):
         is_now = now.distributions.get(name)
@@ -90,12 +89,12 @@ def differences(built: Inventory, now: Inventory) -> list[Difference]:
         elif is_now.fingerprint != was.fingerprint:
             found.append(Difference("changed", name, f"files of {was.version} were changed or deleted"))
     for name in sorted(now.distributions.keys() - built.distributions.keys()):
-        found.append(Difference("added", name, f"{now.distributions[name].version} was installed besides"))
-    # A distribution that came or went brings its own entries; it is named already.
+        found.append(Difference("added", name, f"{now.distributions[name].version} was installed later"))
+    # A distribution that was added or replaced has entries of its own, and is listed already.
     if not any(d.kind != "changed" or "replaced" in d.detail for d in found):
-        strange = sorted(set(now.entries) - set(built.entries))
+        stray = sorted(set(now.entries) - set(built.entries))
         found += [
-            Difference("added", name, "lies in site-packages and belongs to no package") for name in strange
+            Difference("added", name, "is in site-packages and belongs to no package") for name in stray
         ]
     if now.configuration != built.configuration:
         found.append(Difference("changed", "interpreter", "pyvenv.cfg or bin/python was changed"))
@@ -103,13 +102,13 @@ def differences(built: Inventory, now: Inventory) -> list[Difference]:
 
 
 def damaged(venv: Path, names: Iterable[str]) -> list[str]:
-    """Which of these distributions have a file whose content is not what their wheel had."""
+    """Those of the named distributions that have a file whose content is not the wheel's."""
     site = site_packages(venv)
-    wanted = set(names)
+    candidates = set(names)
     return [
         name
         for name, _, info in _distributions(site)
-        if name in wanted and any(_differs(site / path, digest) for path, digest, _ in _record(info))
+        if name in candidates and any(_differs(site / path, digest) for path, digest, _ in _record(info))
     ]
 
 
@@ -128,7 +127,7 @@ def _distributions(site: Path) -> Iterator[tuple[str, str, Path]]:
 
 def _record(info: Path) -> Iterator[tuple[str, str, str]]:
     try:
-        # What the disk spoilt names files that are not there: a difference, not an error.
+        # A RECORD that the disk damaged names files that do not exist: a difference, not an error.
         with (info / "RECORD").open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.reader(file) if len(row) == 3]
     except (OSError, csv.Error):
@@ -137,19 +136,19 @@ def _record(info: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _fingerprint(site: Path, info: Path) -> tuple[str, int, bool]:
-    """The fingerprint, the bytes, and whether each file is there in the size that its wheel says."""
-    facts: list[str] = []
+    """The fingerprint, the sum of the sizes, and whether every file exists in the wheel's size."""
+    lines: list[str] = []
     total, whole = 0, True
     root = os.fspath(site) + os.sep
     for path, _, size in _record(info):
         try:
             stat = os.stat(root + path)  # noqa: PTH116 -- 25,000 times
         except OSError:
-            facts.append(f"{path}\0missing")
+            lines.append(f"{path}\0missing")
             whole = False
             continue
-        facts.append(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        lines.append(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}")
         total += stat.st_size
         if size and size != str(stat.st_size):
             whole = False
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32], total, whole
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32], total, whole

@@ -1,4 +1,4 @@
-"""Reading a lock: ``constraints/NAME.txt``, every distribution with its version and digests."""
+"""Locks: ``constraints/NAME.txt`` has every distribution with its exact version and digests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 from kohya_mps.core.errors import UsageError, restores
 
-#: What a Mac answers to the markers of PEP 508; the operating system's own version is not used.
+#: The values of PEP 508's markers on a Mac, without those of the operating system's version.
 MAC_ARM64: Mapping[str, str] = {
     "implementation_name": "cpython",
     "implementation_version": "3.11.0",
@@ -39,7 +39,7 @@ _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Pin(msgspec.Struct, frozen=True):
-    """One distribution of a lock: canonical name, exact version, marker, allowed digests."""
+    """One line of a lock: canonical name, exact version, marker (may be empty), allowed digests."""
 
     name: str
     version: str
@@ -47,12 +47,12 @@ class Pin(msgspec.Struct, frozen=True):
     hashes: tuple[str, ...]
 
     def applies(self, environment: Mapping[str, str]) -> bool:
-        """Whether the pin is installed where the markers have these values."""
+        """Whether the pin is installed on a machine with these marker values."""
         return not self.marker or Marker(self.marker).evaluate(dict(environment))
 
 
 class Lock(msgspec.Struct, frozen=True):
-    """A constraints file: every distribution with its version and digests."""
+    """A constraints file, its SHA-256 in hexadecimal, and its pins."""
 
     path: Path
     digest: str
@@ -64,7 +64,7 @@ class Lock(msgspec.Struct, frozen=True):
 
 
 def here(mac: bool) -> Mapping[str, str]:
-    """The marker values of the machine that the lock is used on."""
+    """The marker values of this machine: a Mac, or the Linux machines that contributors use."""
     return MAC_ARM64 if mac else LINUX_X86_64
 
 
@@ -78,7 +78,7 @@ def read(path: Path) -> Lock:
     """Read a lock.
 
     Raises:
-        UsageError: when it is missing, or a line is not an exact, hashed pin.
+        UsageError: it is missing, or a line is not an exact pin with hashes.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def read(path: Path) -> Lock:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Requirement lines with their hashes joined, and the line number they start at."""
+    """Each requirement joined with its hashes to one line, and the number of its first line."""
     pending, start = "", 0
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split(" #")[0].strip() if not raw.lstrip().startswith("#") else ""
@@ -108,15 +108,15 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _pin(path: Path, number: int, line: str) -> Pin:
     specification, *hashes = (part.strip() for part in line.split("--hash="))
-    remedy = f"{restores(path)}, `nox -s lock` makes it again"
+    fix = f"{restores(path)}, `nox -s lock` makes it again"
     try:
         requirement = Requirement(specification)
     except InvalidRequirement as error:
-        raise UsageError(f"{path}:{number}: {specification!r} is not a pin", remedy) from error
+        raise UsageError(f"{path}:{number}: {specification!r} is not a pin", fix) from error
     exact = [s for s in requirement.specifier if s.operator == "==" and "*" not in s.version]
     if requirement.url or len(exact) != 1 or len(requirement.specifier) != 1:
-        raise UsageError(f"{path}:{number}: {specification!r} is not pinned to one version", remedy)
+        raise UsageError(f"{path}:{number}: {specification!r} is not pinned to one version", fix)
     if not hashes or not all(_SHA256.fullmatch(value) for value in hashes):
-        raise UsageError(f"{path}:{number}: {requirement.name} has a missing or malformed hash", remedy)
+        raise UsageError(f"{path}:{number}: {requirement.name} has no hash, or a malformed one", fix)
     marker = str(requirement.marker) if requirement.marker else ""
     return Pin(canonicalize_name(requirement.name), exact[0].version, marker, tuple(hashes))

@@ -1,7 +1,7 @@
-"""Where packages come from: the user's own pip settings, told to uv.
+"""Where packages come from: the user's pip settings, translated for uv.
 
-uv reads its own configuration and ``UV_*`` itself. Many people have configured pip alone,
-for a mirror or a folder of wheels, and expect every installer to follow it.
+uv reads its own configuration and ``UV_*`` itself. Many people have only configured pip,
+for a mirror or a folder of wheels, and expect every installer to follow that.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import platformdirs
 
-# pip's option, uv's variables for the same (the first is the one that is set), and what
-# stands between several values there.
+# pip's option, uv's variables for the same (the first is set), and uv's separator of values;
+# an option with an empty separator has one value.
 _OPTIONS = (
     ("index-url", ("UV_DEFAULT_INDEX", "UV_INDEX_URL"), " "),
     ("find-links", ("UV_FIND_LINKS",), ","),
@@ -27,26 +27,26 @@ _MACHINE = (Path("/etc/pip.conf"),)
 
 
 def for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The ``UV_*`` variables that say what pip's configuration says of its main sources.
+    """The ``UV_*`` variables for the main sources in pip's configuration.
 
-    A variable that the user set for uv wins over pip's.
+    A variable that the user has set for uv takes precedence.
     """
     source = os.environ if environ is None else environ
-    told: dict[str, str] = {}
-    for option, variables, separator in _OPTIONS:
+    variables: dict[str, str] = {}
+    for option, names, separator in _OPTIONS:
         value = _configured(source, option)
-        # uv does not know the tilde.
+        # uv does not expand the tilde.
         values = [os.path.expanduser(v) for v in (value.split() if separator else [value])]  # noqa: PTH111
-        if any(values) and not any(variable in source for variable in variables):
-            told[variables[0]] = separator.join(values)
-    return told
+        if any(values) and not any(name in source for name in names):
+            variables[names[0]] = separator.join(values)
+    return variables
 
 
 def extra_for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The same for pip's extra indexes; nothing when there are none, or uv has its own.
+    """The ``UV_*`` variables for pip's extra indexes; none if there are none, or uv has its own.
 
     Every package is checked against the lock's digests, so an extra index cannot bring in
-    anything else. pip looks in every index; uv would stop at the first that knows the name.
+    anything else. pip searches every index; uv by default stops at the first that has the name.
     """
     source = os.environ if environ is None else environ
     indexes = _configured(source, "extra-index-url").split()
@@ -59,7 +59,7 @@ def extra_for_uv(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def no_index(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether pip is told to ask no index: uv has an option for it, and no variable."""
+    """Whether pip is configured to use no index; uv has an option for that, but no variable."""
     source = os.environ if environ is None else environ
     return _configured(source, "no-index").lower() in ("1", "true", "yes", "on")
 
@@ -70,14 +70,14 @@ def _configured(environ: Mapping[str, str], option: str) -> str:
 
 
 def _from_files(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Settings of all [global] and then all [install] sections, in pip's order: the last one wins."""
+    """All [global] settings and then all [install] settings, in pip's order: the last one wins."""
     parsers = []
     for path in _files(environ):
         parser = configparser.RawConfigParser()
         try:
             parser.read(path, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError):
-            continue  # pip itself will say so; what we install does not depend on it
+            continue  # pip cannot read it either, and says so itself
         parsers.append(parser)
     for section in ("global", "install"):
         for parser in parsers:

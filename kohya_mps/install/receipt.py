@@ -1,4 +1,4 @@
-"""The receipt: what was installed and what was verified, written last and in one step."""
+"""The receipt: the record of what was installed and verified, written last and in one step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .generations import Generation
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The outcome of a verification: when (UTC), how, and its rows."""
+    """The outcome of a verification.
+
+    ``at``: when, in UTC. ``what``: which verification. ``device``: where it ran; None when it
+    did not get so far. ``losses``: of a training, one per step.
+    """
 
     ok: bool
     at: str
@@ -28,10 +32,10 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """One installation's record.
+    """The record of one installation.
 
-    ``lock``, ``accelerate_config`` and ``default_config`` are SHA-256 digests in hexadecimal
-    (empty where the file is not ours), ``seconds`` the time of each step, ``written`` UTC.
+    ``lock``, ``accelerate_config`` and ``default_config`` are SHA-256 digests in hexadecimal,
+    empty where the file is not ours. ``seconds``: the time of each step. ``written``: when, in UTC.
     """
 
     generation: str
@@ -53,12 +57,12 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 def now() -> str:
-    """This moment, in UTC, to the second."""
+    """The current time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def verdict(report: Report) -> Verdict:
-    """What a verification's report says, in the form that is kept."""
+    """The verdict that is kept of a verification's report."""
     extra = report.extra
     return Verdict(
         ok=report.ok,
@@ -72,7 +76,7 @@ def verdict(report: Report) -> Verdict:
 
 
 def read(generation: Generation) -> Receipt | None:
-    """A generation's receipt; nothing when it has none, or one that cannot be read."""
+    """A generation's receipt; None when it has none, or one that cannot be read."""
     try:
         return msgspec.json.decode(generation.receipt.read_bytes(), type=Receipt)
     except (OSError, msgspec.DecodeError):
@@ -80,7 +84,7 @@ def read(generation: Generation) -> Receipt | None:
 
 
 def save(generation: Generation, receipt: Receipt) -> None:
-    """Write the receipt beside the environment that it speaks of."""
+    """Write the receipt beside its environment."""
     write_atomic(generation.receipt, msgspec.json.format(msgspec.json.encode(receipt)))
 
 
@@ -91,5 +95,5 @@ def config_digest(generation: Generation) -> str:
 
 
 def default_digest(path: Path) -> str:
-    """The digest of accelerate's default configuration while it is the one we wrote; else empty."""
+    """The digest of accelerate's default configuration; empty when it is not as we wrote it."""
     return lockfile.digest(path) if accelerate_config.is_ours(path) else ""

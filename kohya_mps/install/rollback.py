@@ -1,4 +1,4 @@
-"""``invoke rollback``: the generation that was active before, with its commit and configuration."""
+"""``invoke rollback``: back to the generation that was active before, its commit and configuration."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from .generations import Generation
 
 
 def rollback(settings: Settings, to: str = "") -> Report:
-    """Make an earlier generation active, together with what its receipt records.
+    """Make an earlier generation active, and check out the commit that its receipt records.
 
-    The link to the environment is switched last, so that a run that was killed is simply
-    repeated.
+    The link to the environment is switched last: a run that was killed can be repeated.
 
     Args:
         settings: the home.
-        to: a generation's name; the one that was active before when empty.
+        to: a generation's name; empty for the one that was active before.
+
+    Raises:
+        UsageError: there is no such generation, it was changed, or the checkout has local changes.
+        Busy: another run holds this installation, or a training runs from the checkout.
     """
     home = Installation(settings.home)
     check_location(home)
@@ -38,17 +41,17 @@ def rollback(settings: Settings, to: str = "") -> Report:
                 "accelerate configuration", Status.WARN, "never written", "`invoke configure` writes it"
             )
         generations.activate(home, target)
-    stands = checkout.present(home)
+    commits = checkout.present(home)
     rows = (
         Check("environment", Status.PASS, f"{target.name} is active"),
-        Check("checkout", Status.PASS, stands.kohya_ss if stands else "there is none"),
+        Check("checkout", Status.PASS, commits.kohya_ss if commits else "there is none"),
         default,
     )
-    return Report(f"Rollback of {home.root}", rows, {"generation": target.name, "commits": stands})
+    return Report(f"Rollback of {home.root}", rows, {"generation": target.name, "commits": commits})
 
 
 def choices(settings: Settings) -> Report:
-    """``invoke rollback --list``: the generations, and the commit that each was verified with."""
+    """``invoke rollback --list``: the generations, and the commit that each was set up with."""
     home = Installation(settings.home)
     rows = []
     for row in status.listed(home):

@@ -1,4 +1,4 @@
-"""``invoke status``: the machine compared with the receipt, item by item, without importing torch."""
+"""``invoke status``: the installation compared with its receipt, without importing torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPAIR = "`invoke setup` repairs it"
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """A generation as the report lists it; ``bytes`` counts files that generations share, too."""
+    """A generation as the report lists it; ``bytes`` includes files that generations share."""
 
     name: str
     active: bool
@@ -32,7 +32,7 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 def status(settings: Settings) -> Report:
-    """Everything that differs from the receipt, each with the command that repairs it."""
+    """Report everything that differs from the receipt, each with the command that repairs it."""
     home = Installation(settings.home)
     active = generations.active(home)
     known = receipt.read(active) if active else None
@@ -75,16 +75,17 @@ def _run_in_progress(home: Installation) -> list[Check]:
     pid = holder_pid(home)
     if pid is None:
         return []
-    return [Check("run in progress", Status.WARN, f"process {pid} is at work here; what follows may change")]
+    return [
+        Check("run in progress", Status.WARN, f"process {pid} is running here; the rows below may change")
+    ]
 
 
 def _checkout(home: Installation, settings: Settings, known: Receipt | None) -> list[Check]:
     present = checkout.present(home)
     if present is None:
-        return [Check("checkout", Status.FAIL, f"there is none in {home.root}", "`invoke setup` brings it")]
-    expected = known.commits if known and known.commits else None
-    wanted = expected.kohya_ss if expected else settings.commit
-    rows = [_commit("kohya_ss", present.kohya_ss, wanted)]
+        return [Check("checkout", Status.FAIL, f"there is none in {home.root}", "`invoke setup` makes it")]
+    pinned = known.commits.kohya_ss if known and known.commits else settings.commit
+    rows = [_commit("kohya_ss", present.kohya_ss, pinned)]
     try:
         linked = checkout.gitlink(home, present.kohya_ss)
         rows.append(_commit(checkout.SUBMODULE, present.sd_scripts, linked))
@@ -99,9 +100,9 @@ def _checkout(home: Installation, settings: Settings, known: Receipt | None) -> 
     ]
 
 
-def _commit(name: str, found: str, wanted: str) -> Check:
-    detail = found if found == wanted else f"stands at {found}, not at {wanted}"
-    return Check.of(name, found == wanted, detail, "`invoke clone` brings it back")
+def _commit(name: str, found: str, pinned: str) -> Check:
+    detail = found if found == pinned else f"is at {found}, not at {pinned}"
+    return Check.of(name, found == pinned, detail, "`invoke clone` checks it out again")
 
 
 def _environment(home: Installation, settings: Settings, active: Generation | None) -> list[Check]:
@@ -128,7 +129,7 @@ def _environment(home: Installation, settings: Settings, active: Generation | No
 
 def _configuration(active: Generation, known: Receipt | None) -> list[Check]:
     name, path = "accelerate configuration", active.accelerate_config
-    fix = "`invoke configure` writes it anew"
+    fix = "`invoke configure` writes it again"
     if not path.exists():
         return [Check(name, Status.FAIL, f"{path} is missing", fix)]
     if known is None:

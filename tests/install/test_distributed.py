@@ -104,7 +104,7 @@ def test_what_cannot_be_meant_is_refused_and_nothing_written(
 def test_a_mac_trains_with_one_process(here: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
 
-    with pytest.raises(UsageError, match="MPS is one device"):
+    with pytest.raises(UsageError, match="cannot train together on MPS"):
         accelerate_config.configure_distributed(here, generation(here), ProcessLayout(processes=2))
     accelerate_config.configure_distributed(here, generation(here), ProcessLayout(processes=1))
 

@@ -67,7 +67,7 @@ def _move_submodule(settings: Settings) -> None:
         (lambda s: (s.home / "kohya_gui.py").write_text("x"), "file kohya_gui.py", "changed", "--stash"),
         (lambda s: (s.home / "sd-scripts" / "train_network.py").unlink(), "file sd-scripts/train_network.py",
          "changed", "--stash"),
-        (_move_submodule, "sd-scripts", "stands at", "invoke clone"),
+        (_move_submodule, "sd-scripts", "is at", "invoke clone"),
         (lambda s: installed(Installation(s.home)).accelerate_config.write_text("use_cpu: true"),
          "accelerate configuration", "was edited", "invoke configure"),
         (lambda s: installed(Installation(s.home)).accelerate_config.unlink(), "accelerate configuration", "is missing",
