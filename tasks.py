@@ -274,9 +274,9 @@ def gui(
 ) -> int:
     """Open kohya's own web page, with settings that train here."""
     from kohya_mps.core import settings
-    from kohya_mps.gui import serve
+    from kohya_mps.gui import address, serve
 
-    options = serve.ServeOptions(port, listen or serve.LOOPBACK, open, profile, config)
+    options = serve.ServeOptions(port, listen or address.LOOPBACK, open, profile, config)
     return serve.serve(settings.load(), options)
 
 

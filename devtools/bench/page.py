@@ -13,7 +13,7 @@ from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import RUN_MARK, end_leftovers, stream
 from kohya_mps.core.settings import ROOT, Settings
-from kohya_mps.gui import serve
+from kohya_mps.gui.address import LOOPBACK, Address
 from kohya_mps.install import accelerate_launch
 from kohya_mps.install.setup import installed
 
@@ -26,7 +26,7 @@ def until_it_answers(settings: Settings, _scratch: Path, times: int) -> list[Com
     generation = installed(home)
     if not generation.has_gui():
         raise UsageError(f"{home.root} has no web page", "`invoke setup --gui` installs it")
-    address = serve.Address(serve.LOOPBACK, _free_port())
+    address = Address(LOOPBACK, _free_port())
     output: list[bytes] = []
 
     def ours() -> float:
@@ -87,5 +87,5 @@ def seconds_until(
 
 
 def _free_port() -> int:
-    with socket.create_server((serve.LOOPBACK, 0)) as server:
+    with socket.create_server((LOOPBACK, 0)) as server:
         return int(server.getsockname()[1])

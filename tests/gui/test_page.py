@@ -25,6 +25,7 @@ from kohya_mps.core.settings import PROBES, ROOT, Settings
 from kohya_mps.diagnose import preflight
 from kohya_mps.install import setup, status, training_step
 from kohya_mps.install.generations import Generation
+from tests.support.web_pages import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -112,11 +113,6 @@ class Browser:
     def look(self, name: str) -> None:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_until(
@@ -251,7 +247,7 @@ def test_a_lora_is_trained_from_the_page(
 
     assert (output / "from-the-page.safetensors").stat().st_size > 10_000, served.said()
     assert f"accelerator device: {machine.expected_device()}" in served.said()
-    (told,) = output.glob("config_lora-*.toml")
-    assert 'mixed_precision = "no"' in told.read_text()
+    (written,) = output.glob("config_lora-*.toml")
+    assert 'mixed_precision = "no"' in written.read_text()
     assert not browser.errors
     assert not [check for check in status.status(chosen).checks if check.status is Status.FAIL]
