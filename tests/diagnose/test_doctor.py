@@ -13,7 +13,7 @@ import pytest
 from kohya_mps.core import settings
 from kohya_mps.core.report import Report, Status
 from kohya_mps.core.settings import ROOT, Settings
-from kohya_mps.diagnose import doctor, online
+from kohya_mps.diagnose import doctor
 from kohya_mps.diagnose.doctor import DoctorOptions
 from kohya_mps.diagnose.machine_facts import MachineFacts
 
@@ -141,12 +141,6 @@ def test_a_repository_that_does_not_answer_fails(
 
     assert not report.ok
     assert "no-network" in found(report)
-
-
-def test_pairs_that_exclude_each_other() -> None:
-    assert online.torch_pair(BROKEN) == ("torch==2.8.0.* with torchvision==0.22.*", True)
-    assert online.torch_pair("torch==2.5.1\ntorchvision==0.20.1")[1] is False
-    assert online.torch_pair("torch>=2\ntorchvision==0.20.1 torch==2 ???")[1] is None
 
 
 def test_invoke_doctor_imports_no_torch_and_prints_json_alone(here: Settings) -> None:

@@ -143,6 +143,106 @@ def test_what_is_typed_becomes_the_question() -> None:
             preflight.parse_flags("a.toml", "", wrong, "", "")
 
 
+def details(report: Report) -> dict[str, str]:
+    return {check.name: check.detail for check in report.checks if check.status is Status.PASS}
+
+
+def test_a_good_training_says_what_it_will_take(world: World) -> None:
+    report = judged(world.toml(max_train_steps=20, network_dim=8), memory_gb=64, device="cuda")
+
+    assert details(report) == {
+        "file": "the TOML of a trainer, Stable Diffusion 1.5, for cuda, which is not here (predicted)",
+        "base model": f"{world.model} (0.00 MB)",
+        "pictures": "10 an epoch, from 1 folders",
+        "steps": "20 steps, about 2 epochs",
+        "checkpoints": "1 files, about 0.02 GB",
+        "memory": "about 0.7 GB at the peak of 64 GB (predicted)",
+    }
+    assert (report.title, report.summary) == (f"Preflight of {world.root / 'train.toml'} for cuda", ())
+
+
+def test_what_is_not_known_has_no_row(world: World) -> None:
+    text = "python flux_train_network.py --network_module networks.lora_flux --sdpa --max_train_epochs 3"
+    report = judged(world.write("t.sh", text), device=machine.expected_device())
+    named = {check.name for check in report.checks}
+
+    assert not {"steps", "checkpoints", "memory"} & named
+    assert "a command line, for flux_train_network.py, flux" in report.checks[0].detail
+
+
+def test_another_machines_memory_is_not_this_ones(world: World) -> None:
+    here, other = machine.expected_device(), "mps" if machine.expected_device() == "cpu" else "cpu"
+
+    assert f" of {machine.memory_gb():.0f} GB" in details(judged(world.toml(), device=here))["memory"]
+    assert " of " not in details(judged(world.toml(), device=other))["memory"]
+
+
+def test_a_failure_takes_the_place_of_the_good_row(world: World) -> None:
+    report = judged(world.toml(train_data_dir="none"))
+
+    assert [check.status for check in report.checks if check.name == "pictures"] == [Status.FAIL]
+
+
+def test_what_a_file_leaves_open_is_a_warning_on_its_row(world: World) -> None:
+    file = world.toml(optimizer="AdamW")
+    row = judged(file).checks[0]
+
+    assert (row.name, row.status) == ("file", Status.WARN)
+    assert "silently ignore these names of the GUI: optimizer" in row.detail
+
+
+def test_the_next_step_is_a_corrected_copy_and_then_its_check(world: World) -> None:
+    file, out = world.toml("my train.toml", xformers=True), world.root / "good copy.toml"
+
+    assert judged(file).summary[-1].startswith(f"`invoke preflight '{file}' --fix OUT`")
+    assert judged(file, fix=out).summary[-1] == (
+        f"Corrected copy: {out}. Check it:  invoke preflight '{out}'"
+    )
+    assert judged(world.toml(train_data_dir="none")).summary == ()
+
+
+def test_the_corrected_copy_says_how_much_and_what_it_could_not(world: World) -> None:
+    text = "python train_network.py --config_file c --network_module networks.lora --mixed_precision fp16"
+    world.write("c.toml", "xformers = true\n")
+    report = judged(world.write("t.sh", text), fix=world.root / "good.sh")
+    rows = [(check.status, check.detail) for check in report.checks if check.name == "corrected copy"]
+
+    changed = len(report.extra["changes"])
+    assert changed >= 2
+    assert rows == [
+        (Status.PASS, f"{world.root / 'good.sh'}: {changed} settings changed"),
+        (Status.WARN, "xformers could not be changed in this file"),
+    ]
+
+
+def test_of_two_reasons_for_a_change_the_failures_counts(world: World) -> None:
+    report = judged(world.toml(mixed_precision="fp16", resolution=512), fix=world.root / "good.toml")
+    why = {change.name: change.why for change in report.extra["changes"]}
+
+    assert why["mixed_precision"].startswith("fp16: ")
+    assert why["resolution"] == "wrong-type: must be a string in quotes"
+
+
+def test_failures_come_before_warnings_and_each_once(world: World) -> None:
+    world.write("sets.toml", "[[datasets]]\nresolution = 32\n[[datasets]]\nresolution = 32\n")
+    report = judged(
+        world.toml(dataset_config="sets.toml", max_data_loader_n_workers=8, mixed_precision="fp16")
+    )
+    found = report.extra["failures"]
+    statuses = [check.status for check in report.checks[1:] if check.status is not Status.PASS]
+
+    assert len(found) == len(set(found))
+    assert statuses == sorted(statuses)
+    assert {Status.FAIL, Status.WARN} <= set(statuses)
+
+
+def test_the_script_that_is_assumed_is_that_of_files_that_name_none(world: World) -> None:
+    command = world.write("t.sh", "python train_network.py --sdpa --seed 1")
+
+    assert judged(world.toml(), trainer="sdxl_train_network.py").extra["family"] == "sdxl"
+    assert judged(command, trainer="sdxl_train_network.py").extra["trainer"] == "train_network.py"
+
+
 @pytest.mark.upstream
 @pytest.mark.skipif(
     not (os.environ.get("KOHYA_REPO_URL") and os.environ.get("KOHYA_COMMIT")),
