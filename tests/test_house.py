@@ -21,24 +21,11 @@ PACKAGES = ("kohya_mps", "devtools")
 NO_TEST_FILE = {
     "devtools/editable_only.py": "hatchling, which runs it, is not in the lock; test_packaging.py runs uv",
     # still to be written
-    "kohya_mps/dataset/dataset_config.py": "to be written",
-    "kohya_mps/dataset/picture_files.py": "to be written",
-    "kohya_mps/dataset/scan.py": "to be written",
-    "kohya_mps/diagnose/base_model.py": "to be written",
-    "kohya_mps/diagnose/duration.py": "to be written",
-    "kohya_mps/diagnose/inspection.py": "to be written",
     "kohya_mps/diagnose/machine_facts.py": "to be written",
-    "kohya_mps/diagnose/memory.py": "to be written",
     "kohya_mps/diagnose/model_families.py": "to be written",
     "kohya_mps/diagnose/online.py": "to be written",
-    "kohya_mps/diagnose/training_facts.py": "to be written",
-    "kohya_mps/trainer_config/autofix.py": "to be written",
-    "kohya_mps/trainer_config/command.py": "to be written",
     "kohya_mps/trainer_config/contents.py": "to be written",
     "kohya_mps/trainer_config/edits.py": "to be written",
-    "kohya_mps/trainer_config/gui_json.py": "to be written",
-    "kohya_mps/trainer_config/shell_words.py": "to be written",
-    "kohya_mps/trainer_config/trainer_options.py": "to be written",
     "devtools/locks/upstream_file.py": "to be written",
     "devtools/rehearsal/binary.py": "to be written",
     "devtools/rehearsal/matrix.py": "to be written",
@@ -106,7 +93,11 @@ def test_a_function_has_at_most_sixty_lines() -> None:
 def test_every_module_with_logic_has_its_test_file() -> None:
     with_logic = [path for path in modules() if any(functions(path))]
     without = {name(path) for path in with_logic if not file_that_tests(path).is_file()}
-    assert without - set(NO_TEST_FILE) == set()
+    assert without == set(NO_TEST_FILE)
+
+
+def test_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_the_changelog_has_a_dated_section_for_the_version() -> None:
