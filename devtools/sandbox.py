@@ -1,4 +1,7 @@
-"""The same steps in a throw-away installation below ``.nox``: nothing of the user's is touched."""
+"""``nox -s smoke`` and ``nox -s train_step``: the steps of a set-up in an isolated installation.
+
+It lies below ``.nox`` and can be thrown away. The user's own installation is only read.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +26,35 @@ from kohya_mps.install import (
 )
 from kohya_mps.install.generations import Generation
 
-#: The home of the throw-away installation; ``rm -rf .nox`` removes it.
+#: The home of the isolated installation; ``rm -rf .nox`` removes it.
 SANDBOX = ROOT / ".nox" / "install"
 
 
+def isolated(settings: Settings) -> Settings:
+    """The same settings with the isolated installation as home."""
+    return msgspec.structs.replace(settings, home=SANDBOX)
+
+
 def run_smoke_check(settings: Settings) -> Report:
-    """Build the environment in isolation, from the same lock, and run the smoke check in it."""
-    apart = msgspec.structs.replace(settings, home=SANDBOX)
-    with exclusive_lock(Installation(SANDBOX)):
-        return smoke_check.run(apart, ready(apart))
+    """Build the isolated environment, from the same lock, and run the smoke check in it."""
+    own = isolated(settings)
+    with exclusive_lock(Installation(own.home)):
+        return smoke_check.run(own, ready(own))
 
 
 def run_training_step(settings: Settings, options: training_step.TrainingStepOptions) -> Report:
-    """Run the training step in the isolated environment, on the installed checkout or one of its own.
+    """Run the training step in the isolated environment, with the installed checkout or one of its own.
 
     Args:
         settings: the installation whose checkout is used when it is there.
         options: what is trained.
     """
     options.check()
-    apart, home = msgspec.structs.replace(settings, home=SANDBOX), Installation(SANDBOX)
+    own = isolated(settings)
+    home = Installation(own.home)
     with exclusive_lock(home):
-        tree = None if options.builtin else kohya_checkout(settings, apart)
-        return training_step.run(apart, ready(apart), tree, home.verification, options)
+        tree = None if options.builtin else kohya_checkout(settings)
+        return training_step.run(own, ready(own), tree, home.verification, options)
 
 
 def parse_options(arguments: Sequence[str]) -> training_step.TrainingStepOptions:
@@ -60,7 +69,11 @@ def parse_options(arguments: Sequence[str]) -> training_step.TrainingStepOptions
 
 
 def ready(settings: Settings) -> Generation:
-    """The environment of the throw-away installation, built where it is not there yet."""
+    """The environment of an isolated installation, built and active.
+
+    Raises:
+        StepFailed: it cannot be built or configured.
+    """
     accelerate_config.check_precision(settings)
     generation = environment.build(settings)
     generations.activate(Installation(settings.home), generation)
@@ -69,17 +82,21 @@ def ready(settings: Settings) -> Generation:
     return generation
 
 
-def kohya_checkout(settings: Settings, apart: Settings) -> Path:
-    """The installed checkout; where there is none, one of our own."""
+def kohya_checkout(settings: Settings) -> Path:
+    """The installed checkout; where there is none, that of the isolated installation.
+
+    Raises:
+        StepFailed: there is none, and none can be made.
+    """
     installed = Installation(settings.home)
     if (commits := checkout.present(installed)) is not None:
         say(f"  using the checkout in {installed.root} at {commits.kohya_ss[:12]}")
         return installed.root
     try:
-        checkout.ensure_checkout(apart)
+        checkout.ensure_checkout(isolated(settings))
     except KohyaError as error:
         raise StepFailed(
-            f"there is no checkout in {installed.root}, and none can be had: {error.what}",
+            f"there is no checkout in {installed.root}, and none can be made: {error.what}",
             "`nox -s train_step -- --builtin` trains without kohya's trainer; KOHYA_REPO_URL names another source",
         ) from error
-    return apart.home
+    return SANDBOX

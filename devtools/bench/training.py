@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from devtools import sandbox
 from devtools.rehearsal import runner
 from devtools.rehearsal.record import Record
-from devtools.sandbox import SANDBOX
 from kohya_mps.core.errors import StepFailed
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import ProcessResult
@@ -44,17 +44,17 @@ max_data_loader_n_workers = 0
 
 def train_step(settings: Settings, scratch: Path, times: int) -> list[Comparison]:
     """Run the training step in isolation, once the environment is built."""
-    sandbox = msgspec.structs.replace(settings, home=SANDBOX)
-    generation = installed(Installation(SANDBOX))
+    isolated = sandbox.isolated(settings)
+    generation = installed(Installation(isolated.home))
     checkout = Installation(settings.home).root
-    model = training_step.prepare_model(generation, Installation(SANDBOX).verification, "sd15", "small")
+    model = training_step.prepare_model(generation, Installation(isolated.home).verification, "sd15", "small")
     options = training_step.TrainingStepOptions()
     ours: list[ProcessResult] = []
     bare: list[ProcessResult] = []
     for _ in range(min(times, 3) + 1):
         ours.append(run_command([tool("nox"), "-s", "train_step"], env=own_environ()))
         output = scratch / "out"
-        command, cwd = training_step.trainer_command(sandbox, generation, checkout, model, output, options)
+        command, cwd = training_step.trainer_command(isolated, generation, checkout, model, output, options)
         environ = accelerate_launch.environ(generation, offline=True)
         bare.append(run_command(command, env=environ, cwd=cwd))
         shutil.rmtree(output)
@@ -115,7 +115,7 @@ def rehearsal(settings: Settings, _scratch: Path, times: int) -> list[Comparison
 
     plain = runner.Training("lora with AdamW", "", ("lora", "AdamW", "20"))
     rounds: list[tuple[float, float]] = []
-    with exclusive_lock(Installation(SANDBOX)):
+    with exclusive_lock(Installation(sandbox.SANDBOX)):
         stage = runner.prepare(settings, builtin=True)
         for _ in range(min(times, 3)):
             pair = runner.requests(stage, plain, stage.work / "bench", fallback=False)

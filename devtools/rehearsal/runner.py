@@ -181,9 +181,8 @@ def prepare(chosen: Settings, *, builtin: bool) -> Stage:
         operators.load(lock.versions(lockfile.LINUX_X86_64)["torch"])
     except LookupError as error:
         raise UsageError(str(error), f"`nox -s rehearse_data -- {chosen.profile_name}`") from error
-    isolated = msgspec.structs.replace(chosen, home=sandbox.SANDBOX)
-    tree = None if builtin else sandbox.kohya_checkout(chosen, isolated)
-    generation = sandbox.ready(isolated)
+    tree = None if builtin else sandbox.kohya_checkout(chosen)
+    generation = sandbox.ready(sandbox.isolated(chosen))
     work = ROOT / ".nox" / "rehearsal" / generation.name
     work.mkdir(parents=True, exist_ok=True)
     return Stage(generation, tree / "sd-scripts" if tree else None, chosen.mixed_precision, work)

@@ -1,7 +1,9 @@
-"""A program with faults that only MPS minds, for the tests of the rehearsals.
+"""A program with faults that matter only on MPS, for the tests of the rehearsals.
 
-Runs under the trainer's interpreter. Each fault's line carries its name in a comment, and
-how it ended is written to the file that is named on the command line.
+usage: planted_faults.py FILE
+
+It runs under the trainer's interpreter. The line of each fault has its name in a comment. How each
+fault ended is written to FILE as JSON.
 """
 
 import copy
@@ -70,7 +72,7 @@ def gradient_without_kernel() -> Any:
 
 
 def what_is_fine() -> Any:
-    """Numbers and questions: none of this is a fault on a Mac."""
+    """None of this is a fault on a Mac."""
     assert not torch.cuda.is_available()
     assert torch.backends.mps.is_available()
     assert torch.mps.current_allocated_memory() == 0
@@ -107,7 +109,7 @@ def main() -> None:
     for attempt in ATTEMPTS:
         try:
             ended[attempt.__name__] = attempt()
-        except Exception as error:  # how each fault ends is what the tests ask
+        except Exception as error:  # the tests look at how each fault ends
             ended[attempt.__name__] = f"{type(error).__name__}: {error}"
     Path(sys.argv[1]).write_text(json.dumps(ended, default=repr))
 

@@ -50,9 +50,9 @@ def start(one: Request) -> int:
             log = os.open(one.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(log, 1)
             os.dup2(log, 2)
-        from .train import answer
+        from devtools.rehearsal.simulation.train import train_and_record
 
-        answer(one)
+        train_and_record(one)
         code = 0
     except BaseException:
         traceback.print_exc()

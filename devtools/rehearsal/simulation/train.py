@@ -48,7 +48,7 @@ def train(request: Request) -> Record:
     )
 
 
-def answer(request: Request) -> None:
+def train_and_record(request: Request) -> None:
     """Train, and write the record to the file that the request names."""
     record.write(Path(request.result), train(request))
 

@@ -27,12 +27,12 @@ needs_upstream = pytest.mark.skipif(
     reason="KOHYA_REPO_URL and KOHYA_COMMIT do not name a real kohya_ss",
 )
 
-FAULTS = Path(__file__).with_name("planted_faults.py")
+FAULTS = settings.ROOT / "tests" / "support" / "planted_faults.py"
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    isolated = msgspec.structs.replace(settings.load(profile="validated"), home=sandbox.SANDBOX)
+    isolated = sandbox.isolated(settings.load(profile="validated"))
     built = {m.profile: g for g in generations.present(Installation(isolated.home)) if (m := g.manifest())}
     generation = built.get("validated") or sandbox.ready(isolated)
     return Stage(generation, None, "no", tmp_path_factory.mktemp("rehearsal"))
@@ -49,18 +49,18 @@ class Faults:
         """The finding at the line that carries the fault's name."""
         lines = FAULTS.read_text().splitlines()
         number = next(n for n, line in enumerate(lines, 1) if line.endswith(f"# fault: {fault}"))
-        places = (f"{FAULTS.name}:{number}", f"{FAULTS.name}:{number} (its gradient)")
-        found = [one for one in self.record.findings if one.where in places]
-        assert len(found) == 1, f"{fault} at {places[0]}: {self.record.findings}"
+        names = (f"{FAULTS.name}:{number}", f"{FAULTS.name}:{number} (its gradient)")
+        found = [one for one in self.record.findings if one.where in names]
+        assert len(found) == 1, f"{fault} at {names[0]}: {self.record.findings}"
         return found[0]
 
 
 def run_faults(stage: Stage, *, fallback: bool) -> Faults:
-    told = stage.work / "ended.json"
+    path = stage.work / "ended.json"
     result = stage.work / "record.json"
-    one = Request("faults", "mps", str(FAULTS), (str(told),), False, fallback, str(result))
+    one = Request("faults", "mps", str(FAULTS), (str(path),), False, fallback, str(result))
     runner.run(stage, [one], jobs=1)
-    return Faults(runner.result(one), json.loads(told.read_text()))
+    return Faults(runner.result(one), json.loads(path.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_training_that_dies_says_where_its_log_is(stage: Stage) -> None:
 @pytest.fixture(scope="module")
 def with_kohya(stage: Stage) -> Stage:
     chosen = settings.load(profile="validated")
-    tree = sandbox.kohya_checkout(chosen, msgspec.structs.replace(chosen, home=sandbox.SANDBOX))
+    tree = sandbox.kohya_checkout(chosen)
     return msgspec.structs.replace(stage, sd_scripts=tree / "sd-scripts")
 
 
@@ -228,7 +228,7 @@ def test_kohyas_trainer_has_the_losses_of_the_cpu(with_kohya: Stage, name: str, 
 @needs_upstream
 @pytest.mark.upstream
 @pytest.mark.parametrize(
-    ("name", "error", "place"),
+    ("name", "error", "where"),
     [
         (
             "mixed precision fp16",
@@ -244,12 +244,12 @@ def test_kohyas_trainer_has_the_losses_of_the_cpu(with_kohya: Stage, name: str, 
     ],
 )
 def test_what_users_report_from_macs_is_reproduced(
-    with_kohya: Stage, name: str, error: str, place: str
+    with_kohya: Stage, name: str, error: str, where: str
 ) -> None:
     simulated, on_cpu = rehearsed(with_kohya, name)
 
     assert simulated.error.startswith(error)
-    assert simulated.error_at.startswith(place)
+    assert simulated.error_at.startswith(where)
     assert not verdict.same_error(simulated, on_cpu)
 
 
@@ -261,11 +261,11 @@ def test_an_interrupted_matrix_goes_on_where_it_was(
     chosen = settings.load(profile="validated")
     options = matrix.MatrixOptions(("validated",), ("sd15",), 1, "lokr with SGD", thorough=True)
     first = matrix.rehearse_family(with_kohya, chosen, "sd15", options)
-    asked: list[Request] = []
-    monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: asked.extend(requests))
+    requested: list[Request] = []
+    monkeypatch.setattr(runner, "run", lambda _stage, requests, jobs: requested.extend(requests))
 
     again = matrix.rehearse_family(with_kohya, chosen, "sd15", options)
 
     assert again == first
     assert [cell.trains for cell in first.combinations] == [True]
-    assert asked == []
+    assert requested == []
