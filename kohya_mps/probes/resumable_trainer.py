@@ -430,7 +430,6 @@ def attach(watch: Watch) -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
-    from accelerate.utils import DistributedType
 
     train_util = trainers_library()
     output: list[str] = []
@@ -466,14 +465,6 @@ def attach(watch: Watch) -> None:
         watch.before_barrier(output[0] if output else None)
         original(accelerator)
 
-    def prepare_model(original: Callable[..., Any], accelerator: Any, model: Any, **options: Any) -> Any:
-        # accelerate 1.3.0 leaves frozen models alone on GPUs; on CPUs it hands them to DDP,
-        # which refuses them (accelerator.py, lines 1461 and 1599).
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
-        if frozen and accelerator.distributed_type == DistributedType.MULTI_CPU:
-            options["evaluation_mode"] = True
-        return original(accelerator, model, **options)
-
     def fetch(original: Callable[..., Any], group: Any, index: int) -> Any:
         return watch.fetch(original, group, index)
 
@@ -492,6 +483,20 @@ def attach(watch: Watch) -> None:
     wrap(Accelerator, "clip_grad_norm_", unless_replaying)
     wrap(AcceleratedOptimizer, "step", unless_replaying)
     wrap(AcceleratedScheduler, "step", unless_replaying)
+
+
+def prepare_model(original: Callable[..., Any], accelerator: Any, model: Any, **options: Any) -> Any:
+    """Keep models that are not trained out of DDP.
+
+    accelerate 1.3.0 leaves frozen models alone on GPUs; on CPUs it hands them to DDP, which
+    refuses them (accelerator.py, lines 1461 and 1599).
+    """
+    from accelerate.utils import DistributedType
+
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    if frozen and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        options["evaluation_mode"] = True
+    return original(accelerator, model, **options)
 
 
 def attach_to_trainer(watch: Watch, main: Any) -> None:
