@@ -60,7 +60,7 @@ def troubleshooting() -> str:
         "",
         "- `invoke doctor` looks for them in your machine and your installation.",
         "- `invoke preflight FILE` looks for them in a training's settings, before it starts.",
-        "- `invoke explain LOG` looks for them in a log or traceback.",
+        "- `invoke explain LOG` looks for them in a log or traceback; `… | invoke explain -` reads a pipe.",
         "",
         "After each entry you see which of the three finds it, and who reported it. What this project's own",
         "commands say when they stop is in [installation](installation.md#when-set-up-stops).",
