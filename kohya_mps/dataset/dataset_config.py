@@ -92,7 +92,7 @@ def _folder(settings: Mapping[str, Any], options: TrainerOptions, base: Path) ->
 
 
 def _override(options: TrainerOptions, *layers: Mapping[str, Any]) -> TrainerOptions:
-    """The options with those replaced that the layers name; the last layer wins."""
+    """The options, overridden by what the layers name. The last layer wins."""
     values: dict[str, Any] = {}
     for layer in layers:
         values |= {_OPTION_NAMES.get(name, name): value for name, value in layer.items()}

@@ -1,1 +1,1 @@
-"""What will go wrong, told before it does: of the machine, and of a training."""
+"""What will go wrong with a machine or a training, before it does."""

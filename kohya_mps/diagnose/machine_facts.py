@@ -21,8 +21,9 @@ from kohya_mps.core.text import join_some
 from kohya_mps.install import accelerate_config, accelerate_launch, generations, inventory
 from kohya_mps.install.generations import Generation
 
+_HIGH, _LOW = "PYTORCH_MPS_HIGH_WATERMARK_RATIO", "PYTORCH_MPS_LOW_WATERMARK_RATIO"
 # torch's defaults (aten/src/ATen/mps/MPSAllocator.h, unified memory).
-_HIGH_WATERMARK, _LOW_WATERMARK = 1.7, 1.4
+_HIGH_DEFAULT, _LOW_DEFAULT = 1.7, 1.4
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,11 +83,8 @@ class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def machine_facts(settings: Settings, home: Installation) -> MachineFacts:
     """The facts that do not need an environment."""
-    environ = os.environ
     macos = macos_version() if on_mac() else None
-    high = environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO")
-    low = environ.get("PYTORCH_MPS_LOW_WATERMARK_RATIO")
-    hf_home = environ.get("HF_HOME") or None
+    hf_home = os.environ.get("HF_HOME") or None
     default = accelerate_config.default_location()
     return MachineFacts(
         system=platform.system(),
@@ -102,15 +100,15 @@ def machine_facts(settings: Settings, home: Installation) -> MachineFacts:
         free_gb=free_disk_gb(home.root),
         needed_gb=settings.profile.disk_gb["darwin" if on_mac() else "linux"],
         memory_gb=memory_gb(),
-        conda=environ.get("CONDA_PREFIX") or None,
-        other_venv=_other_venv(environ.get("VIRTUAL_ENV"), home),
-        pythonpath=environ.get("PYTHONPATH") or None,
+        conda=os.environ.get("CONDA_PREFIX") or None,
+        other_venv=_other_venv(os.environ.get("VIRTUAL_ENV"), home),
+        pythonpath=os.environ.get("PYTHONPATH") or None,
         hf_home=hf_home,
         hf_home_is_file=hf_home is not None and Path(hf_home).expanduser().is_file(),
-        mps_fallback=environ.get("PYTORCH_ENABLE_MPS_FALLBACK"),
-        high_watermark=_ratio(high, _HIGH_WATERMARK),
-        low_watermark=_ratio(low, _LOW_WATERMARK),
-        watermark_nonsense=next((v for v in (high, low) if v is not None and _ratio(v, 0) is None), None),
+        mps_fallback=os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"),
+        high_watermark=_ratio(os.environ.get(_HIGH), _HIGH_DEFAULT),
+        low_watermark=_ratio(os.environ.get(_LOW), _LOW_DEFAULT),
+        watermark_nonsense=_invalid_ratio(_HIGH, _LOW),
         home=str(home.root),
         home_has_space=" " in str(home.root),
         case_sensitive=_is_case_sensitive(existing_ancestor(home.root)),
@@ -188,6 +186,12 @@ def _ratio(text: str | None, default: float) -> float | None:
         return default if text is None else float(text)
     except ValueError:
         return None
+
+
+def _invalid_ratio(*variables: str) -> str | None:
+    """The first value of the variables that is no number."""
+    values = (os.environ.get(variable) for variable in variables)
+    return next((value for value in values if _ratio(value, 0) is None), None)
 
 
 def _is_case_sensitive(path: Path) -> bool | None:

@@ -1,1 +1,1 @@
-"""A training's settings, in every format that people have: read, typed, corrected."""
+"""The settings of a training, in every format that people have: reading, checking, correcting."""

@@ -25,7 +25,7 @@ class Word(msgspec.Struct, frozen=True):
 
 
 def commands(text: str, windows: bool) -> list[list[Word]]:
-    """The commands of a script. Variables that the script sets are replaced by their values.
+    """The commands of a script. A variable that the script sets is replaced by its value.
 
     Args:
         text: the script; a quote that is not closed reaches to its end.

@@ -49,7 +49,7 @@ def whole(header: bytes) -> bytes:
         ([], ""),
     ],
 )
-def test_the_family_is_told_by_the_tensors_names(keys: list[str], family: str, tmp_path: Path) -> None:
+def test_the_family_is_recognized_by_the_tensors_names(keys: list[str], family: str, tmp_path: Path) -> None:
     model = look(safetensors(tmp_path / "a.safetensors", {key: [1] for key in keys}))
 
     assert (model.form, model.family) == (Form.SAFETENSORS, family)
@@ -139,7 +139,7 @@ def diffusers(folder: Path, pipeline: str, width: int | None = None) -> Path:
         ("StableDiffusionPipeline", None, ""),
     ],
 )
-def test_a_diffusers_folder_is_told_by_its_pipeline(
+def test_a_diffusers_folder_is_recognized_by_its_pipeline(
     pipeline: str, width: int | None, family: str, tmp_path: Path
 ) -> None:
     model = look(diffusers(tmp_path / "m", pipeline, width))

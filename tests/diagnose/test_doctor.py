@@ -42,7 +42,7 @@ def test_before_anything_is_installed_nothing_fails(here: Settings) -> None:
     assert {"architecture", "git", "disk", "memory", "home"} <= {check.name for check in report.checks}
 
 
-def test_contradicting_watermarks_fail_with_what_mends_them(
+def test_contradicting_watermarks_fail_with_the_remedy(
     here: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.7")
@@ -59,7 +59,7 @@ def test_contradicting_watermarks_fail_with_what_mends_them(
     assert "watermark-ratio" in found(doctor.examine(here, DoctorOptions()))
 
 
-def test_hf_home_as_a_file_and_other_pythons_are_seen(
+def test_hf_home_as_a_file_and_other_pythons_are_found(
     here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hf").write_text("")
@@ -97,7 +97,7 @@ def test_the_default_configuration_that_says_cpu_is_seen(
     ]
 
 
-def test_a_home_with_a_space_is_pointed_out(
+def test_a_home_with_a_space_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: Settings
 ) -> None:
     spaced = msgspec.structs.replace(here, home=tmp_path / "my tools")
@@ -119,7 +119,7 @@ def repository(path: Path, requirements: str) -> str:
     ("requirements", "broken"),
     [(BROKEN, True), (BROKEN.replace("0.22", "0.23"), False), ("numpy\n", None)],
 )
-def test_online_says_whether_upstreams_file_is_mended(
+def test_online_says_whether_upstreams_file_is_corrected(
     requirements: str, broken: bool | None, tmp_path: Path, here: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UV_OFFLINE", "1")

@@ -27,7 +27,7 @@ def repository(path: Path, files: dict[str, str]) -> str:
     return str(path)
 
 
-def asked(home: Path, url: str) -> MachineFacts:
+def checked(home: Path, url: str) -> MachineFacts:
     settings = msgspec.structs.replace(make_settings(home), url=url)
     return with_network(machine_facts(settings, Installation(home)), settings)
 
@@ -49,14 +49,14 @@ def test_upstreams_newest_requirements_are_read(
     files: dict[str, str], pair: str, broken: bool | None, tmp_path: Path
 ) -> None:
     url = repository(tmp_path / "upstream", files)
-    found = asked(tmp_path / "home", url)
+    found = checked(tmp_path / "home", url)
 
     assert (found.repository, found.repository_reached) == (url, True)
     assert (found.upstream_pair, found.upstream_pair_broken) == (pair, broken)
 
 
 def test_a_repository_and_an_index_that_do_not_answer_say_why(tmp_path: Path) -> None:
-    found = asked(tmp_path / "home", str(tmp_path / "none"))
+    found = checked(tmp_path / "home", str(tmp_path / "none"))
 
     assert (found.repository_reached, found.index_reached) == (False, False)
     assert found.repository_reason

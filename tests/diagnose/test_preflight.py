@@ -34,15 +34,15 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def judged(file: Path, **asked: Any) -> Report:
-    return preflight.check(HERE, PreflightOptions(file, **{"device": "mps", **asked}))
+def judged(file: Path, **options: Any) -> Report:
+    return preflight.check(HERE, PreflightOptions(file, **{"device": "mps", **options}))
 
 
 def rows(report: Report, status: Status) -> list[str]:
     return [check.name for check in report.checks if check.status is status]
 
 
-def test_the_report_reckons_steps_checkpoints_and_memory(world: World) -> None:
+def test_the_report_predicts_steps_checkpoints_and_memory(world: World) -> None:
     report = judged(world.toml(max_train_epochs=5, save_every_n_epochs=1, train_batch_size=3))
 
     # 1 picture 10 times in batches of 3 are 4 steps an epoch.
@@ -102,7 +102,7 @@ def test_every_set_of_a_dataset_configuration_is_judged(world: World) -> None:
     assert "none (image_dir)" in next(c.detail for c in report.checks if c.name == "pictures")
 
 
-def test_sdxl_is_told_by_the_base_model(world: World) -> None:
+def test_sdxl_is_recognized_by_the_base_model(world: World) -> None:
     world.safetensors(world.model, "sdxl")
 
     assert judged(world.toml()).extra["family"] == "sdxl"
@@ -126,16 +126,16 @@ def test_the_device_is_the_machines_unless_another_is_named(world: World) -> Non
         preflight.check(HERE, PreflightOptions(file, device="tpu"))
 
 
-def test_a_report_never_claims_a_device_that_is_not_here(world: World) -> None:
+def test_a_device_that_is_not_here_is_predicted(world: World) -> None:
     other = "cuda" if machine.expected_device() == "mps" else "mps"
 
     assert "predicted" in judged(world.toml(), device=other).checks[0].detail
 
 
-def test_what_is_typed_becomes_the_question() -> None:
-    asked = preflight.parse_flags("a.toml", "mps", "16", "sdxl_train_network.py", "b.toml")
+def test_flags_become_options() -> None:
+    options = preflight.parse_flags("a.toml", "mps", "16", "sdxl_train_network.py", "b.toml")
 
-    assert asked == PreflightOptions(
+    assert options == PreflightOptions(
         Path("a.toml"), device="mps", trainer="sdxl_train_network.py", memory_gb=16.0, fix=Path("b.toml")
     )
     for wrong in ("lots", "-1", "nan", "0"):
@@ -177,7 +177,7 @@ def test_another_machines_memory_is_not_this_ones(world: World) -> None:
     assert " of " not in details(judged(world.toml(), device=other))["memory"]
 
 
-def test_a_failure_takes_the_place_of_the_good_row(world: World) -> None:
+def test_a_failure_replaces_the_good_row(world: World) -> None:
     report = judged(world.toml(train_data_dir="none"))
 
     assert [check.status for check in report.checks if check.name == "pictures"] == [Status.FAIL]
@@ -215,7 +215,7 @@ def test_the_corrected_copy_says_how_much_and_what_it_could_not(world: World) ->
     ]
 
 
-def test_of_two_reasons_for_a_change_the_failures_counts(world: World) -> None:
+def test_of_two_reasons_for_a_change_the_failure_is_named(world: World) -> None:
     report = judged(world.toml(mixed_precision="fp16", resolution=512), fix=world.root / "good.toml")
     why = {change.name: change.why for change in report.extra["changes"]}
 
@@ -269,15 +269,15 @@ def test_kohyas_own_presets_and_examples_are_judged_or_refused(tmp_path: Path) -
         except UsageError:
             refused.append(file.name)
             continue
-        told = json.loads(file.read_text()) if file in presets else {}
+        saved = json.loads(file.read_text()) if file in presets else {}
         found = report.extra["failures"]
-        # Spot checks of what can be said from the file alone.
-        assert ("xformers" in found) >= (told.get("xformers") in (True, "xformers")), file
-        assert ("8-bit-optimizer" in found) >= ("8bit" in str(told.get("optimizer"))), file
+        # Spot checks of what follows from the file alone.
+        assert ("xformers" in found) >= (saved.get("xformers") in (True, "xformers")), file
+        assert ("8-bit-optimizer" in found) >= ("8bit" in str(saved.get("optimizer"))), file
         assert ({"fp16", "bf16"} & set(found) != set()) >= (
-            told.get("mixed_precision") in ("fp16", "bf16")
+            saved.get("mixed_precision") in ("fp16", "bf16")
         ), file
-        assert ("flux" in found) >= bool(told.get("flux1_checkbox")), file
+        assert ("flux" in found) >= bool(saved.get("flux1_checkbox")), file
 
     assert len(presets) > 30
     assert not set(refused) & {preset.name for preset in presets}
@@ -506,10 +506,10 @@ def test_bf16_is_refused_on_a_mac_whose_system_is_too_old_for_the_profile(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latest = settings.load(profile="latest")
-    asked = PreflightOptions(world.toml(mixed_precision="bf16"), device="mps")
+    options = PreflightOptions(world.toml(mixed_precision="bf16"), device="mps")
     for version, failures in (("13.6.1", ["bf16"]), ("15.1", []), ("", [])):
         monkeypatch.setattr(
             "platform.mac_ver",
             lambda version=version: (version, ("", "", ""), ""),
         )
-        assert preflight.check(latest, asked).extra["failures"] == failures
+        assert preflight.check(latest, options).extra["failures"] == failures

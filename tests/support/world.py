@@ -1,4 +1,4 @@
-"""A small world of real files for preflight: pictures, captions, base models, an output folder."""
+"""Real files for preflight: pictures, captions, base models, an output folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEYS = {
 
 
 class World:
-    """Files below a directory, and settings that name them."""
+    """Files in a directory, and settings that name them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -44,7 +44,7 @@ class World:
         (root / "out").mkdir()
 
     def settings(self, **changed: Any) -> dict[str, Any]:
-        """Settings that nothing is wrong with, and what a test changes; None takes one out."""
+        """Good settings, and what a test changes; None removes one."""
         merged = {
             "pretrained_model_name_or_path": str(self.model),
             "train_data_dir": str(self.data),
@@ -72,7 +72,7 @@ class World:
 
     @staticmethod
     def safetensors(path: Path, family: str = "sd15", cut: int = 0) -> Path:
-        """A model of the family with one number in each part; ``cut`` bytes are left off its end."""
+        """A model of the family with one number in each part, without its last ``cut`` bytes."""
         keys = KEYS[family]
         header = {
             key: {"dtype": "F32", "shape": [1], "data_offsets": [4 * at, 4 * at + 4]}

@@ -63,7 +63,7 @@ def test_a_powershell_command_keeps_its_backslashes(tmp_path: Path) -> None:
     assert "max_train_steps" not in file.settings
 
 
-def test_a_command_without_an_ending_in_its_name_is_told_by_its_content(tmp_path: Path) -> None:
+def test_a_command_without_an_ending_is_recognized_by_its_content(tmp_path: Path) -> None:
     assert written(tmp_path / "note", SHELL).kind is Kind.COMMAND
     assert written(tmp_path / "options", "--sdpa --train_batch_size 2 --seed 4").kind is Kind.COMMAND
 
@@ -113,7 +113,7 @@ def test_options_are_read_as_argparse_reads_them(options: str, expected: dict[st
         ("accelerate launch --num_processes 1 train_network.py --cpu", False),
     ],
 )
-def test_the_launchers_own_options_are_told_from_the_trainers(text: str, on_cpu: bool) -> None:
+def test_the_launchers_options_are_not_the_trainers(text: str, on_cpu: bool) -> None:
     assert command.read(Path("t.sh"), text).settings["launch_cpu"] is on_cpu
 
 
@@ -160,19 +160,19 @@ def test_a_comment_above_the_command_says_what_was_changed() -> None:
         ({"sdpa": True}, "--v2 --seed 1 --v2 --list a b --cpu --sdpa"),
         ({"sdpa": 0.5}, "--v2 --seed 1 --v2 --list a b --cpu --sdpa 0.5"),
         ({"seed": None}, "--v2  --v2 --list a b --cpu"),
-        # The last of two counts; taken out are both.
+        # The last of two counts; both are removed.
         ({"v2": "x"}, "--v2 --seed 1 --v2 x --list a b --cpu"),
         ({"v2": None}, " --seed 1  --list a b --cpu"),
         ({"v2": False}, " --seed 1  --list a b --cpu"),
     ],
 )
-def test_options_are_replaced_added_and_taken_out(values: dict[str, Any], after: str) -> None:
+def test_options_are_replaced_added_and_removed(values: dict[str, Any], after: str) -> None:
     text = "train_network.py --v2 --seed 1 --v2 --list a b --cpu"
 
     assert edit(text, **values).text.rpartition("\n")[2] == f"train_network.py {after}"
 
 
-def test_cpu_is_taken_from_the_launcher_alone() -> None:
+def test_cpu_is_removed_from_the_launcher_only() -> None:
     text = "accelerate launch --cpu --use_cpu x.py train_network.py --cpu"
     corrected = edit(text, launch_cpu=None)
 
@@ -180,7 +180,7 @@ def test_cpu_is_taken_from_the_launcher_alone() -> None:
     assert corrected.changes == (Change("launch_cpu", "--use_cpu", "", "because"),)
 
 
-def test_what_the_named_toml_sets_is_overridden_but_cannot_be_taken_out() -> None:
+def test_what_the_named_toml_sets_is_overridden_but_cannot_be_removed() -> None:
     known = {"xformers": True, "seed": 1}
     corrected = edit("python train_network.py --config_file c", known=known, xformers=None, seed=2, v2=None)
 

@@ -29,13 +29,13 @@ def test_sections_of_a_toml_are_merged_as_the_trainer_merges_them(tmp_path: Path
     assert "v2" not in file.settings
 
 
-def test_names_of_the_gui_in_a_toml_are_pointed_out(tmp_path: Path) -> None:
+def test_names_of_the_gui_in_a_toml_are_reported(tmp_path: Path) -> None:
     file = written(tmp_path / "a.toml", 'optimizer = "AdamW8bit"\nresolution = "512"\n')
 
     assert "optimizer (the trainer's name: optimizer_type)" in file.notes[0]
 
 
-def test_a_dataset_configuration_is_told_from_a_training(tmp_path: Path) -> None:
+def test_a_dataset_configuration_is_not_a_training(tmp_path: Path) -> None:
     file = written(tmp_path / "d.toml", "[[datasets]]\nresolution = 512\n")
 
     assert file.kind is Kind.DATASET
@@ -43,7 +43,7 @@ def test_a_dataset_configuration_is_told_from_a_training(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "reason"),
     [
         ("a.toml", b"", "is empty"),
         ("a.toml", b"a = ", "not valid TOML"),
@@ -62,15 +62,15 @@ def test_a_dataset_configuration_is_told_from_a_training(tmp_path: Path) -> None
         ("a.toml", b"#" * (LARGEST_BYTES + 1), "larger than"),
     ],
 )
-def test_what_is_none_of_them_is_refused_with_the_reason(
-    name: str, data: bytes, said: str, tmp_path: Path
+def test_a_file_of_no_known_format_is_refused_with_the_reason(
+    name: str, data: bytes, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(data)
 
     with pytest.raises(UsageError) as refused:
         read(tmp_path / name)
 
-    assert re.search(said, str(refused.value))
+    assert re.search(reason, str(refused.value))
 
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ GUI = {
 }
 
 
-def test_the_guis_json_is_what_the_gui_would_tell_the_trainer(tmp_path: Path) -> None:
+def test_the_guis_json_is_read_as_what_the_gui_passes_to_the_trainer(tmp_path: Path) -> None:
     file = written(tmp_path / "g.json", json.dumps(GUI))
     training, wrong = parse_options(file.settings, numbers_as_text=file.numbers_as_text)
 
@@ -70,7 +70,7 @@ def test_the_guis_json_is_what_the_gui_would_tell_the_trainer(tmp_path: Path) ->
     assert training.validation_split == 0.1
 
 
-def test_what_a_json_leaves_out_has_the_guis_defaults_and_is_said(tmp_path: Path) -> None:
+def test_settings_that_a_json_leaves_out_have_the_guis_defaults_and_a_note(tmp_path: Path) -> None:
     file = written(tmp_path / "g.json", json.dumps({"LoRA_type": "Standard", "max_resolution": "512,512"}))
 
     assert file.settings["mixed_precision"] == "fp16"
@@ -80,7 +80,7 @@ def test_what_a_json_leaves_out_has_the_guis_defaults_and_is_said(tmp_path: Path
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_old_jsons_say_xformers_with_a_truth_value(old: bool, tmp_path: Path) -> None:
+def test_old_jsons_say_xformers_with_a_boolean(old: bool, tmp_path: Path) -> None:
     file = written(tmp_path / "g.json", json.dumps({**GUI, "xformers": old}))
 
     assert file.settings.get("xformers", False) is old
