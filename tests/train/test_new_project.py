@@ -35,8 +35,8 @@ def photos(world: World) -> Path:
 
 
 def make(world: World, photos: Path, preset: str = "sd15-lora", name: str = "cats") -> Report:
-    wanted = NewProjectOptions(world.root / name, photos, str(world.model), preset)
-    return new_project.create(settings.load(), wanted)
+    options = NewProjectOptions(world.root / name, photos, str(world.model), preset)
+    return new_project.create(settings.load(), options)
 
 
 def snapshot(folder: Path) -> list[tuple[str, bytes, int]]:
@@ -55,7 +55,7 @@ def test_pictures_and_captions_are_linked_and_the_originals_untouched(world: Wor
     assert snapshot(photos) == before
 
 
-def test_pictures_without_captions_and_of_kinds_that_are_not_read_are_told(
+def test_missing_captions_and_pictures_that_the_trainer_does_not_read_are_warnings(
     world: World, photos: Path
 ) -> None:
     (photos / "d.heic").write_bytes(b"x")
@@ -67,7 +67,7 @@ def test_pictures_without_captions_and_of_kinds_that_are_not_read_are_told(
     assert "1 of 3" in warned["captions"]
 
 
-def test_folders_that_say_their_repeats_stay_as_they_are(world: World) -> None:
+def test_folders_with_repeats_in_their_names_keep_them(world: World) -> None:
     make(world, world.data)
 
     assert (world.root / "cats" / "images" / "10_cat" / "a.png").is_symlink()
@@ -94,8 +94,8 @@ def test_every_preset_passes_preflight_as_written(
     make(world, photos, preset)
 
     file = world.root / "cats" / "train.toml"
-    asked = PreflightOptions(file, device=device, base=file.parent, memory_gb=64)
-    checks = preflight.check(settings.load(), asked).checks
+    options = PreflightOptions(file, device=device, base=file.parent, memory_gb=64)
+    checks = preflight.check(settings.load(), options).checks
 
     assert [c for c in checks if c.status is Status.FAIL] == []
 
@@ -108,9 +108,9 @@ def test_names_that_TOML_has_to_escape_come_back_whole(world: World, photos: Pat
     make(world, photos, name="my cats")
 
     text = (world.root / "my cats" / "train.toml").read_text()
-    told = tomllib.loads(text)
-    assert told["pretrained_model_name_or_path"] == str(world.model)
-    assert told["output_name"] == "my_cats"
+    values = tomllib.loads(text)
+    assert values["pretrained_model_name_or_path"] == str(world.model)
+    assert values["output_name"] == "my_cats"
     assert "$" not in text
 
 
@@ -123,11 +123,11 @@ def test_the_sample_prompts_begin_with_a_caption(world: World, photos: Path) -> 
     assert prompts[1].startswith("cats --w 512")
 
 
-def test_a_place_that_is_taken_is_left_alone(world: World, photos: Path) -> None:
+def test_a_directory_that_is_not_empty_is_left_alone(world: World, photos: Path) -> None:
     (world.root / "cats").mkdir()
     (world.root / "cats" / "mine").write_text("x")
 
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         make(world, photos)
 
     assert os.listdir(world.root / "cats") == ["mine"]  # noqa: PTH208
@@ -143,8 +143,63 @@ def test_a_base_model_of_another_family_is_refused_and_nothing_made(world: World
 
 
 @pytest.mark.parametrize("images", ["nowhere", "empty"])
-def test_no_pictures_is_said(world: World, images: str) -> None:
+def test_a_folder_without_pictures_is_refused(world: World, images: str) -> None:
     (world.root / "empty").mkdir()
 
     with pytest.raises(UsageError, match="--images"):
         make(world, world.root / images)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(world: World, photos: Path) -> None:
+    with pytest.raises(UsageError, match=r"no preset 'flux-lora'[^$]*sd15-lora, sd15-locon, sdxl-lora"):
+        make(world, photos, "flux-lora")
+
+
+def test_an_empty_directory_is_filled(world: World, photos: Path) -> None:
+    (world.root / "cats").mkdir()
+
+    assert make(world, photos).ok
+    assert (world.root / "cats" / "train.toml").is_file()
+
+
+def test_a_project_that_cannot_be_finished_leaves_nothing(
+    world: World, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_project, "_TEMPLATES", tmp_path / "nowhere")
+
+    with pytest.raises(FileNotFoundError):
+        make(world, photos)
+
+    assert not list(world.root.glob("*cats*"))
+
+
+@pytest.mark.parametrize(("count", "repeats"), [(1, 20), (10, 20), (20, 10), (150, 1), (300, 1)])
+def test_an_epoch_has_about_two_hundred_steps(world: World, count: int, repeats: int) -> None:
+    folder = world.root / "many"
+    for number in range(count):
+        (folder / f"{number}.png").parent.mkdir(exist_ok=True)
+        (folder / f"{number}.png").touch()
+
+    (found,) = new_project.folders(folder, "cats")
+
+    assert (found.repeats, found.name, len(found.pictures)) == (repeats, "cats", count)
+
+
+def test_empty_captions_are_a_warning(world: World, photos: Path) -> None:
+    for name in ("a", "b", "c"):
+        (photos / f"{name}.txt").write_text(" \n" if name == "c" else "a cat\n")
+
+    captions = [check for check in make(world, photos).checks if check.name == "captions"]
+
+    assert [(check.status, check.detail) for check in captions] == [(Status.WARN, "empty: c.png")]
+
+
+def test_the_settings_say_how_long_the_training_is(world: World, photos: Path) -> None:
+    make(world, photos)
+
+    text = (world.root / "cats" / "train.toml").read_text()
+    values = tomllib.loads(text)
+    assert "# 3 pictures, shown 20 times: 60 steps an epoch, about 27 epochs." in text
+    assert values["max_train_steps"] == 1600
+    assert values["lr_warmup_steps"] == 100
+    assert values["save_every_n_steps"] == values["sample_every_n_steps"] == 200
