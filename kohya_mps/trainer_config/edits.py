@@ -37,7 +37,7 @@ class Corrected(msgspec.Struct, frozen=True):
 
 
 def one_line(text: str) -> str:
-    """A text shortened to fit into a comment: one line of at most 160 characters."""
+    """A text as a comment can hold it: its first 160 characters, on one line."""
     return shorten(re.sub(r"[\x00-\x1f\x7f]+", " ", text).strip(), 160)
 
 
