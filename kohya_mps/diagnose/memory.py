@@ -126,7 +126,7 @@ def _step_gb(
     curve = family.checkpointed_gb if options.gradient_checkpointing else family.step_gb
     batch = max(1, of_set.train_batch_size)
     precision = 1.0 if options.mixed_precision == "no" else 0.5
-    scale = min(1.0, math.sqrt(unet / family.unet)) if unet < family.unet * _STAND_IN else 1.0
+    scale = math.sqrt(unet / family.unet) if unet < family.unet * _STAND_IN else 1.0
     step = curve.gigabytes(area, is_fused) * batch * precision * scale
     is_cached = options.cache_latents or options.cache_latents_to_disk
     encoded_at_once = max(1, options.vae_batch_size) if is_cached else batch

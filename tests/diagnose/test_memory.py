@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -46,26 +45,6 @@ def peak(options: TrainerOptions, device: str = "mps", model: Model | None = Non
 
 
 # ---- Figures from outside -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "size", "checkpointing", "counted"),
-    [
-        # One step on torch's meta device, attention by the math path: gigabytes beside the weights.
-        ("sd15", 256, False, 0.696), ("sd15", 512, False, 5.710), ("sd15", 768, False, 23.909),
-        ("sd15", 256, True, 0.151), ("sd15", 512, True, 1.808), ("sd15", 768, True, 8.596),
-        ("sdxl", 512, False, 4.274), ("sdxl", 768, False, 11.615), ("sdxl", 1024, False, 26.088),
-        ("sdxl", 512, True, 0.422), ("sdxl", 768, True, 1.249), ("sdxl", 1024, True, 3.100),
-    ],
-)  # fmt: skip
-def test_a_steps_memory_is_what_was_counted(
-    family: str, size: int, checkpointing: bool, counted: float
-) -> None:
-    known = families().get(family)
-    assert known is not None
-    curve = known.checkpointed_gb if checkpointing else known.step_gb
-
-    assert curve.gigabytes(size * size / 512**2, False) == pytest.approx(counted, rel=0.03, abs=0.01)
 
 
 def test_the_measured_peak_of_a_full_size_training_is_met() -> None:
@@ -208,6 +187,7 @@ def test_while_the_model_is_loaded_its_unet_is_there_twice() -> None:
         ({"vae_batch_size": 5, "mixed_precision": "fp16", "no_half_vae": True}, 5),
         ({"vae_batch_size": 5, "resolution": "512,256"}, 2.5),
         ({"vae_batch_size": 5, "cache_latents": False}, 3),
+        ({"vae_batch_size": 0}, 1),
     ],
 )
 def test_encoding_counts_where_it_takes_more_than_the_step(values: dict[str, Any], pictures: float) -> None:
@@ -237,7 +217,8 @@ def test_a_small_stand_in_takes_a_small_part() -> None:
     expected = TRAINER + 0.12 * 4 + LEARNED * 4 / 100 + 4.0
 
     assert peak(LORA, model=own) == pytest.approx(expected, rel=1e-6)
-    assert peak(LORA, model=counted(250_000_000)) > 40  # a quarter is no stand-in
+    quarter = TRAINER + 0.36 * 4 + LEARNED * 4 + 40.0  # is no stand-in any more
+    assert peak(LORA, model=counted(250_000_000)) == pytest.approx(quarter, rel=1e-6)
 
 
 def test_the_largest_set_of_pictures_decides() -> None:
@@ -245,10 +226,3 @@ def test_the_largest_set_of_pictures_decides() -> None:
 
     assert peak_gb(LORA, "", FAMILY, None, Dataset(sets), "mps") == peak(changed(resolution="1024"))
     assert peak_gb(LORA, "", FAMILY, None, Dataset(), "mps") == peak(LORA)
-
-
-def test_the_families_are_those_of_the_configuration(tmp_path: Path) -> None:
-    assert [families().get(name) is not None for name in ("sd15", "sd2", "sdxl", "flux")] == [
-        True, True, True, False,
-    ]  # fmt: skip
-    assert families().get("sd2") == families().sd2

@@ -10,7 +10,7 @@ import pytest
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.trainer_config.autofix import autofix, coerce, save
 from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
-from kohya_mps.trainer_config.edits import Corrected, Edit, one_line, replace_spans
+from kohya_mps.trainer_config.edits import Corrected, Edit
 from kohya_mps.trainer_config.trainer_options import ValueType, WrongType
 
 EDITS = [Edit("sdpa", True, "because")]
@@ -95,13 +95,3 @@ def test_nothing_is_overwritten_not_even_a_dangling_link(tmp_path: Path) -> None
         save(file, Corrected("a = 1\n", (), ()), out)
     with pytest.raises(UsageError, match="is not a directory"):
         save(file, Corrected("a = 1\n", (), ()), tmp_path / "none" / "out")
-
-
-def test_comments_stay_on_one_short_line() -> None:
-    assert one_line(" a\r\n\tb\x00\x7fc ") == "a b c"
-    assert one_line("x" * 161) == "x" * 160 + "…"
-    assert one_line("x" * 160) == "x" * 160
-
-
-def test_parts_of_a_text_are_replaced_in_any_order() -> None:
-    assert replace_spans("abcdef", [(0, 1, "AA"), (4, 5, ""), (2, 2, "-")]) == "AAb-cdf"

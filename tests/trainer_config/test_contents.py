@@ -1,3 +1,5 @@
+"""The text of a configuration file, or why it is refused."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Texts for comments, and parts of a text that are replaced."""
+
 from __future__ import annotations
 
 from hypothesis import given
