@@ -21,17 +21,9 @@ PACKAGES = ("kohya_mps", "devtools")
 NO_TEST_FILE = {
     "devtools/editable_only.py": "hatchling, which runs it, is not in the lock; test_packaging.py runs uv",
     # still to be written
-    "devtools/locks/upstream_file.py": "to be written",
     "devtools/rehearsal/binary.py": "to be written",
-    "devtools/rehearsal/matrix.py": "to be written",
     "devtools/rehearsal/native_functions.py": "to be written",
-    "devtools/rehearsal/record.py": "to be written",
-    "devtools/rehearsal/request.py": "to be written",
-    "devtools/rehearsal/runner.py": "to be written",
-    "devtools/rehearsal/table.py": "to be written",
-    "devtools/rehearsal/verdict.py": "to be written",
     "devtools/rehearsal/wheel.py": "to be written",
-    "devtools/sandbox.py": "to be written",
 }
 
 # Scripts that run under the trainer's interpreter: one file of tests for the folder.
