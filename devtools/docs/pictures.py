@@ -231,9 +231,8 @@ def save_png(path: Path, page: Path) -> Check:
 
 def _size(path: Path) -> Check:
     size, most = path.stat().st_size, MOST_BYTES[path.suffix]
-    name = str(path.relative_to(ROOT))
     return Check(
-        name, Status.PASS if size <= most else Status.FAIL, f"{size / 1000:.0f} kB of {most / 1000:.0f}"
+        path.name, Status.PASS if size <= most else Status.FAIL, f"{size / 1000:.0f} kB of {most / 1000:.0f}"
     )
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from rich.live import Live
 from rich.panel import Panel
 
 from devtools.docs import pictures
+from devtools.docs.pictures import PICTURES
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.report import Status
 
@@ -38,10 +41,7 @@ def test_a_training_that_was_too_fast_to_be_seen_is_an_error() -> None:
         pictures.midway(pictures.live_frames(live_view(29, 30)))
 
 
-def test_what_a_terminal_got_becomes_a_picture_that_loads_nothing_from_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pictures, "ROOT", tmp_path)
+def test_what_a_terminal_got_becomes_a_picture_that_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     printed = "\x1b[32mpass\x1b[0m  ~/tools & more\n"
 
     check = pictures.save_svg(tmp_path / "a.svg", "invoke status", printed)
@@ -55,7 +55,6 @@ def test_what_a_terminal_got_becomes_a_picture_that_loads_nothing_from_elsewhere
 
 
 def test_a_picture_that_is_too_large_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "ROOT", tmp_path)
     monkeypatch.setattr(pictures, "MOST_BYTES", {".svg": 100})
 
     assert pictures.save_svg(tmp_path / "a.svg", "invoke status", "text").status is Status.FAIL
@@ -77,8 +76,28 @@ def test_a_command_sees_a_terminal_and_its_failure_is_an_error(tmp_path: Path) -
 
 
 def test_the_pictures_that_are_committed_are_small_enough() -> None:
-    found = [
-        path for path in pictures.PICTURES.iterdir() if path.stat().st_size > pictures.MOST_BYTES[path.suffix]
-    ]
+    found = [path for path in PICTURES.iterdir() if path.stat().st_size > pictures.MOST_BYTES[path.suffix]]
 
     assert found == []
+
+
+@pytest.mark.environment
+@pytest.mark.upstream
+@pytest.mark.skipif(pictures.chromium() is None, reason="there is no Chromium here (Debian: chromium)")
+@pytest.mark.skipif(
+    not (os.environ.get("KOHYA_REPO_URL") and os.environ.get("KOHYA_COMMIT")),
+    reason="KOHYA_REPO_URL and KOHYA_COMMIT do not name a real kohya_ss",
+)
+def test_the_pictures_are_made_from_a_real_set_up_and_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path / "pictures")
+
+    report = pictures.make(pictures.PicturesOptions(tmp_path / "you"))
+
+    assert report.ok, report.checks
+    made = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert set(made) == {path.name for path in PICTURES.iterdir()}
+    assert b"LoRA" in made["setup.svg"]
+    assert b"of&#160;30" in made["training.svg"]
+    shutil.rmtree(tmp_path / "you")
