@@ -74,6 +74,19 @@ def test_a_function_has_at_most_sixty_lines() -> None:
     assert {where: lines for where, lines in lengths.items() if lines > 60} == {}
 
 
+def test_no_module_imports_a_private_name_of_another() -> None:
+    """ruff sees private attributes (SLF); it has no stable rule for imports."""
+    private = [
+        f"{name(path)}: {alias.name}"
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(PACKAGES))
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert private == []
+
+
 def test_every_module_with_logic_has_its_test_file() -> None:
     with_logic = [path for path in modules() if any(functions(path))]
     without = {name(path) for path in with_logic if not file_that_tests(path).is_file()}
