@@ -1,4 +1,4 @@
-"""What README and the other pages say about commands is what the commands can do."""
+"""What README and the other pages say about commands and files is true of them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ def test_every_session_that_a_page_names_exists(page: Path) -> None:
     for command in commands(page.read_text(encoding="utf-8")):
         if found := re.match(r"nox -s ((?:[a-z_]+ ?)+)", command):
             assert set(found[1].split()) <= sessions, command
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_every_file_of_this_repository_that_a_page_names_exists(page: Path) -> None:
+    rooms = "|".join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in (".nox", ".venv")
+    )
+    named = re.findall(rf"`((?:{rooms})/[\w./-]*)`", page.read_text(encoding="utf-8"))
+
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
 def test_a_command_of_a_page_is_found_wherever_it_stands() -> None:
