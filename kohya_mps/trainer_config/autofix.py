@@ -26,7 +26,7 @@ def autofix(file: ConfigFile, edits: list[Edit]) -> Corrected:
     if file.kind is Kind.GUI:
         return gui_json.edit(file.text, edits)
     if file.kind is Kind.COMMAND:
-        return command.edit(file.path, file.text, file.settings, edits)
+        return command.edit(file.path, file.text, edits)
     return Corrected(file.text, (), tuple(edit.name for edit in edits))
 
 

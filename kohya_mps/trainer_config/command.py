@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -91,10 +90,7 @@ def read(path: Path, text: str) -> Contents:
         raise UsageError(f"{path} contains no training command", ACCEPTED)
     training = trainings[0]
     notes = [f"{len(trainings)} training commands: the first was checked"] if len(trainings) > 1 else []
-    settings: dict[str, Any] = {option.name: option.value for option in training.options}
-    if isinstance(config := settings.pop("config_file", None), str):
-        settings = _config_file(path, config) | settings
-    settings["launch_cpu"] = any(option.value for option in training.named("launch_cpu"))
+    settings = _settings(path, training)
     unknown = sorted(n for n, v in settings.items() if n in NAMES and isinstance(v, str) and "$" in v)
     if unknown:
         notes.append(f"left out, because their variables are set elsewhere: {', '.join(unknown)}")
@@ -102,22 +98,20 @@ def read(path: Path, text: str) -> Contents:
     return Contents(known, training.script, tuple(notes))
 
 
-def edit(path: Path, text: str, settings: Mapping[str, Any], edits: list[Edit]) -> Corrected:
+def edit(path: Path, text: str, edits: list[Edit]) -> Corrected:
     """The text with options of its first training command changed.
 
     Comments say what was changed. They stand above the command, because none can stand
-    between continued lines.
+    between continued lines. What a TOML sets that the command names cannot be removed here.
 
     Args:
         path: the script; its ending says how it writes comments.
         text: its text, with a training command in it.
-        settings: all its settings, also those from a TOML that the command names.
         edits: what to change.
     """
     training = _trainings(path, text)[0]
     changes: list[Change] = []
     spans: list[tuple[int, int, str]] = []
-    not_fixable = []
     for change in edits:
         found, new = training.named(change.name), _option(change.name, change.value)
         if found:
@@ -126,15 +120,17 @@ def edit(path: Path, text: str, settings: Mapping[str, Any], edits: list[Edit]) 
             end = training.words[-1].end
             spans.append((end, end, f" {new}"))
         else:
-            if change.name in settings:  # in the TOML that the command names
-                not_fixable.append(change.name)
             continue
         was = text[slice(*found[-1].span)] if found else ""
         changes.append(Change(change.name, was, new, change.why))
     if changes:
         start = text.rfind("\n", 0, training.words[0].start) + 1
         spans.append((start, start, _notes(path, text, changes)))
-    return Corrected(replace_spans(text, spans), tuple(changes), tuple(not_fixable))
+    corrected = replace_spans(text, spans)
+    # Pasted options of which too few are left are no training any more.
+    settings = _settings(path, left[0]) if (left := _trainings(path, corrected)) else {}
+    still_set = (e.name for e in edits if not _option(e.name, e.value) and settings.get(e.name))
+    return Corrected(corrected, tuple(changes), tuple(still_set))
 
 
 def options(words: list[Word]) -> tuple[Option, ...]:
@@ -159,6 +155,15 @@ def _trainings(path: Path, text: str) -> list[_Training]:
             if len({option.name for option in pasted} & NAMES) >= 2:
                 found.append(_Training(words, (), "", pasted))
     return found
+
+
+def _settings(path: Path, training: _Training) -> dict[str, Any]:
+    """All settings of a training: its options, and those of the TOML that it names."""
+    settings: dict[str, Any] = {option.name: option.value for option in training.options}
+    if isinstance(config := settings.pop("config_file", None), str):
+        settings = _config_file(path, config) | settings
+    settings["launch_cpu"] = any(option.value for option in training.named("launch_cpu"))
+    return settings
 
 
 def _is_windows(path: Path, text: str) -> bool:

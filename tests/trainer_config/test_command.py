@@ -138,9 +138,9 @@ def test_a_single_known_option_is_no_training() -> None:
 # ---- Edits --------------------------------------------------------------------------------------
 
 
-def edit(text: str, name: str = "t.sh", known: dict[str, Any] | None = None, **values: Any) -> Corrected:
+def edit(text: str, name: str = "t.sh", **values: Any) -> Corrected:
     edits = [Edit(setting, value, "because") for setting, value in values.items()]
-    return command.edit(Path(name), text, known or {}, edits)
+    return command.edit(Path(name), text, edits)
 
 
 def test_a_comment_above_the_command_says_what_was_changed() -> None:
@@ -180,12 +180,20 @@ def test_cpu_is_removed_from_the_launcher_only() -> None:
     assert corrected.changes == (Change("launch_cpu", "--use_cpu", "", "because"),)
 
 
-def test_what_the_named_toml_sets_is_overridden_but_cannot_be_removed() -> None:
-    known = {"xformers": True, "seed": 1}
-    corrected = edit("python train_network.py --config_file c", known=known, xformers=None, seed=2, v2=None)
+def test_what_the_named_toml_sets_is_overridden_but_cannot_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("xformers = true\nfp8_base = true\nv2 = false\nseed = 1\n")
+    text = "python train_network.py --xformers --config_file c"
+    corrected = edit(text, str(tmp_path / "t.sh"), xformers=None, fp8_base=None, v2=None, seed=2)
 
-    assert corrected.not_fixable == ("xformers",)
-    assert corrected.text.splitlines()[-1] == "python train_network.py --config_file c --seed 2"
+    assert corrected.not_fixable == ("xformers", "fp8_base")
+    assert corrected.text.splitlines()[-1] == "python train_network.py  --config_file c --seed 2"
+
+
+def test_the_last_of_pasted_options_may_be_removed() -> None:
+    corrected = edit("--xformers --fp8_base", xformers=None)
+
+    assert corrected.text.splitlines()[-1] == " --fp8_base"
+    assert corrected.not_fixable == ()
 
 
 def test_without_changes_the_text_stays_as_it_is() -> None:
