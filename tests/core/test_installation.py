@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from kohya_mps.core import installation as home_module
 from kohya_mps.core.errors import UsageError
 from kohya_mps.core.files import write_atomic
-from kohya_mps.core.installation import Installation, check_location
+from kohya_mps.core.installation import Installation, check_location, installed_profile
 
 
 @pytest.fixture
@@ -19,6 +21,7 @@ def home(tmp_path: Path) -> Installation:
 def refused(home: Installation) -> str:
     with pytest.raises(UsageError) as caught:
         check_location(home)
+    assert "choose another directory with KOHYA_HOME" in caught.value.fix
     return str(caught.value)
 
 
@@ -99,9 +102,32 @@ def test_a_directory_of_another_user_is_refused(home: Installation) -> None:
     os.chown(home.generations, 12345, -1)
     message = refused(home)
     assert f"{home.generations} belongs to another user" in message
-    assert "sudo chown -R" in message
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert f"sudo chown -R {user} {shlex.quote(str(home.generations))}" in message
     os.chown(home.generations, 0, -1)
     check_location(home)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a directory away")
+def test_programs_that_another_user_owns_are_refused(home: Installation) -> None:
+    programs = home.venv / "bin"
+    programs.mkdir(parents=True)
+    os.chown(programs, 12345, -1)
+    assert f"{programs} belongs to another user" in refused(home)
+
+
+def test_a_directory_that_may_be_listed_but_not_entered_is_refused(
+    home: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may do both, so the system's answer is replaced."""
+    monkeypatch.setattr(os, "access", lambda _, mode: mode == os.W_OK)
+    assert "not writable" in refused(home)
+
+
+def test_the_profile_of_an_empty_home_is_unknown(home: Installation) -> None:
+    assert installed_profile(home) == ""
+    home.venv.mkdir(parents=True)
+    assert installed_profile(home) == ""
 
 
 def test_a_directory_that_another_group_can_write_is_refused_and_the_users_own_group_is_not(
@@ -114,7 +140,7 @@ def test_a_directory_that_another_group_can_write_is_refused_and_the_users_own_g
     if home.root.stat().st_gid == 0:
         os.chown(home.root, -1, 1)
     monkeypatch.setattr(home_module, "_private_group", lambda: None)
-    assert "by its group" in refused(home)
+    assert f"{home.root} can be written by its group: another user" in refused(home)
 
 
 def test_the_sticky_bit_protects_what_lies_below(tmp_path: Path) -> None:

@@ -84,16 +84,31 @@ def test_an_empty_variable_counts_as_not_set(config: Path, monkeypatch: pytest.M
         ),
         ("  home:", "  hoem:", ["checkout", "hoem", "accepted keys: url, commit, home"]),
         ("generations_kept: 2", "generations_kept: two", ["generations_kept", "int", "found 'two'"]),
-        ("generations_kept: 2", "generations_kept: 0", ["generations_kept", "found 0", "1 or more"]),
-        ("generations_kept: 2", "", ["generations_kept", "missing"]),
+        (
+            "generations_kept: 2",
+            "generations_kept: 0",
+            ["generations_kept", "found 0", "-> accepted: 1 or more"],
+        ),
+        (
+            "generations_kept: 2",
+            "",
+            [": object missing required field `generations_kept`; accepted keys: check"],
+        ),
         ('mixed_precision: "no"', "mixed_precision: no", ["mixed_precision", "str", "found False"]),
-        ("network_stall_seconds: 60", "network_stall_seconds: -1", ["network_stall_seconds", "more than 0"]),
+        (
+            "network_stall_seconds: 60",
+            "network_stall_seconds: 0",
+            ["network_stall_seconds", "-> accepted: more than 0"],
+        ),
         (
             "network_stall_seconds: 60",
             "network_stall_seconds: .nan",
             ["network_stall_seconds", "more than 0"],
         ),
-        ("  home: ~/tools/kohya_ss", '  home: ""', ["checkout.home", "found ''"]),
+        ("  home: ~/tools/kohya_ss", '  home: ""', ["checkout.home", "found ''", "-> accepted: any text"]),
+        ("profile: validated", "profile: no-such", ["settings.yaml: profile: there is no profile 'no-such'"]),
+        ("  commit: 5536", "  commit: 36", ["settings.yaml: checkout.commit: '36", "give all 40 hex"]),
+        ("  url: https:", '  url: ""  # ', ["settings.yaml: checkout.url: found ''"]),
         ("  url: https", "  url: [https]\n  no: https", ["checkout"]),
         ("checkout:", "checkout: [", ["not valid YAML"]),
     ],
@@ -107,12 +122,21 @@ def test_a_mistake_in_the_file_is_named_with_file_key_found_and_accepted(
         assert part in message
 
 
+def test_the_smallest_numbers_are_accepted(config: Path) -> None:
+    edit(config, "generations_kept: 2", "generations_kept: 1")
+    edit(config, "network_stall_seconds: 60", "network_stall_seconds: 0.5")
+    loaded = settings.load(config=config)
+    assert (loaded.generations_kept, loaded.network_stall_seconds) == (1, 0.5)
+
+
 def test_an_empty_file_and_a_missing_file_are_named(config: Path) -> None:
     path = config / "settings.yaml"
     path.write_text("")
-    assert str(path) in refused(config)
+    assert f"{path}: the file: expected" in refused(config)
     path.unlink()
-    assert "git checkout" in refused(config)
+    message = refused(config)
+    assert f"{path}: cannot be read: No such file" in message
+    assert f"git checkout -- {path}" in message
 
 
 def test_a_file_that_is_not_text_is_named(config: Path) -> None:
@@ -127,6 +151,8 @@ def test_a_file_that_is_not_text_is_named(config: Path) -> None:
         ("  darwin: 3", "  darwin: much", ["disk_gb", "found"]),
         ("  darwin: [triton]", "  mac: [triton]", ["forbidden", "mac", "accepted keys: any, darwin"]),
         ("lock: train", "lock: train\nextra: 1", ["extra", "accepted keys"]),
+        ('macos: "13.0"', 'macos: "Sonoma"', [": macos: found 'Sonoma'", 'such as "14.0"']),
+        ('macos: "13.0"', 'macos: "13.0"\nneeds_macos: {bf16: new}', [": needs_macos.bf16: found 'new'"]),
     ],
 )
 def test_a_mistake_in_a_profile_is_named_as_well(
@@ -157,8 +183,10 @@ def test_a_commit_in_capitals_is_the_same_commit(config: Path) -> None:
 def test_an_unknown_profile_is_refused_with_the_known_ones(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "accepted: " in (message := refused(config, profile="../settings"))
-    assert "validated" in message
+    assert "--profile: there is no profile '../settings'" in (
+        message := refused(config, profile="../settings")
+    )
+    assert "-> accepted: latest, validated" in message
     monkeypatch.setenv("KOHYA_PROFILE", "newest")
     assert "KOHYA_PROFILE" in (message := refused(config))
     assert "'newest'" in message
@@ -240,7 +268,9 @@ def test_the_tilde_and_relative_paths_are_resolved(tmp_path: Path, monkeypatch: 
 )
 def test_an_invalid_home_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOHYA_HOME", value)
-    assert "KOHYA_HOME" in refused(settings.CONFIG)
+    message = refused(settings.CONFIG)
+    assert f"KOHYA_HOME: {value!r}" in message
+    assert any(fix in message for fix in ("-> use a name", "-> write the path in full", "-> choose another"))
 
 
 def test_a_url_may_be_a_path_and_is_then_made_absolute(
@@ -253,7 +283,10 @@ def test_a_url_may_be_a_path_and_is_then_made_absolute(
 
 def test_a_url_that_git_would_take_for_an_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOHYA_REPO_URL", "--upload-pack=touch /tmp/x")
-    assert "KOHYA_REPO_URL" in refused(settings.CONFIG)
+    message = refused(settings.CONFIG)
+    assert "KOHYA_REPO_URL" in message
+    assert "-> give a URL or a path" in message
+    assert "--repo-url: 'a\\nb' has a control character" in refused(settings.CONFIG, url="a\nb")
 
 
 def test_a_very_long_url_is_still_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,3 +345,41 @@ def test_a_file_that_a_command_writes_is_mended_by_that_command(tmp_path: Path) 
             settings.read_yaml(path, dict[str, object], fix="`invoke configure` writes it")
         assert caught.value.fix == "`invoke configure` writes it"
         path.write_text("a: [")
+
+
+def test_the_page_has_a_lock_of_its_own() -> None:
+    profile = settings.load_profile("latest")
+    names = profile.lock_for(gui=True).name, profile.lock_for(gui=False).name
+    assert names == ("gui-latest.txt", "latest.txt")
+    assert settings.load_gui().port == 7860
+
+
+@pytest.mark.parametrize(
+    ("macos", "device", "expected"),
+    [
+        ("14.0", "mps", ("no", "bf16")),
+        ("13.9", "mps", ("no",)),
+        ("15.1", "mps", ("no", "bf16")),
+        ("13.9", "cuda", ("no", "bf16")),
+        ("15.1", "tpu", ("no",)),
+    ],
+)
+def test_the_version_of_macos_decides_which_precisions_mps_has(
+    macos: str, device: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), ""))
+    profile = msgspec.structs.replace(
+        settings.load_profile("validated"),
+        mixed_precision={"mps": ("no", "bf16"), "cuda": ("no", "bf16")},
+        needs_macos={"bf16": "14.0"},
+    )
+    assert profile.precisions(device) == expected
+
+
+def test_hugging_faces_directory_follows_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    user = Path.home()
+    assert settings.hugging_face_home() == user / ".cache" / "huggingface"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert settings.hugging_face_home() == Path("/cache/huggingface")
+    monkeypatch.setenv("HF_HOME", "~/models")
+    assert settings.hugging_face_home() == user / "models"

@@ -42,7 +42,9 @@ def test_a_long_list_ends_with_how_many_more_there_are() -> None:
         (123e6, "123 MB"),
         (999e6, "999 MB"),
         (1e9, "1.00 GB"),
+        (10e9, "10.0 GB"),
         (11.97e9, "12.0 GB"),
+        (100e9, "100 GB"),
         (500e9, "500 GB"),
     ],
 )

@@ -45,6 +45,7 @@ def findings(target: Target, *failures: Failure, **facts: Any) -> list[Finding]:
         ({"below": "steps"}, 4, 5),
         ({"version": "<2.6"}, "2.5.1+cpu", "2.6"),
         ({"version": ">=2.6"}, "2.7.0.dev1", "2.6.0rc1"),
+        ({"version": "==2.*"}, "2.1rc1", "3.0"),
         ({"above": 1, "below": 9}, 5, 10),
         ({"known": True}, 0, None),
         ({"known": False}, None, 0),
@@ -64,7 +65,9 @@ def test_a_condition_holds_for_one_value_and_not_for_its_neighbour(
         ({"equals": False}, None),
         ({"below": 8}, None),
         ({"below": 8}, "many"),
+        ({"above": 8}, "many"),
         ({"below": "no such fact"}, 1),
+        ({"above": "no such fact"}, 1),
         ({"version": ">0"}, "not a version"),
         ({"allowed": False}, None),
     ],
@@ -115,6 +118,10 @@ def test_a_failure_of_another_device_or_profile_is_passed_over(mac: Target) -> N
     assert findings(mac, failure(rule(), devices=("mps",), profiles=("validated",)))
     assert not findings(mac, failure(rule(), devices=("cuda", "cpu")))
     assert not findings(mac, failure(rule(), profiles=("latest",)))
+    # The ones after it are not.
+    others = failure(rule(), devices=("cpu",)), failure(rule(), profiles=("latest",))
+    last = failure(rule())
+    assert [found.failure for found in findings(mac, *others, last, last)] == [last, last]
 
 
 def test_the_profile_says_which_mixed_precision_a_device_has(mac: Target) -> None:
@@ -126,6 +133,8 @@ def test_the_profile_says_which_mixed_precision_a_device_has(mac: Target) -> Non
     assert findings(target, refused, mixed_precision="fp16")
     assert not findings(target, refused, mixed_precision="bf16")
     assert findings(target, allowed, mixed_precision="bf16")
+    # A fact that the profile has no list for is not allowed.
+    assert findings(mac, failure(rule(Condition("steps", allowed=False))))
     # A device that the profile does not name has no mixed precision.
     cpu = msgspec.structs.replace(target, device="cpu")
     assert findings(cpu, refused, mixed_precision="bf16")
