@@ -39,17 +39,18 @@ def checkpoints(options: TrainerOptions, length: Duration) -> int | None:
     steps, epochs = length.steps, length.epochs
     if steps is None:
         return None
-    every = options.save_every_n_epochs
+    every = options.save_every_n_epochs or 0
     if options.save_n_epoch_ratio and epochs:
         every = max(1, epochs // max(1, options.save_n_epoch_ratio))
     kept = 1
-    if every and every > 0 and epochs:
+    if every > 0 and epochs:
         saved = max(0, epochs - 1) // every
         kept += min(saved, options.save_last_n_epochs or saved)
-    if options.save_every_n_steps and options.save_every_n_steps > 0:
-        saved = max(0, steps - 1) // options.save_every_n_steps
+    every = options.save_every_n_steps or 0
+    if every > 0:
+        saved = max(0, steps - 1) // every
         last = options.save_last_n_steps
-        kept += min(saved, ceil_div(last, options.save_every_n_steps) if last else saved)
+        kept += min(saved, ceil_div(last, every) if last else saved)
     return kept
 
 

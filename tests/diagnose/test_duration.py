@@ -68,6 +68,8 @@ def test_the_pictures_of_an_epoch_are_those_of_all_sets() -> None:
         ({"save_every_n_epochs": 1}, 1000, 5, 5),
         ({"save_every_n_epochs": 2}, 1000, 5, 3),
         ({"save_every_n_epochs": 2}, 1000, 0, 1),
+        ({"save_every_n_epochs": 1}, 1000, 1, 1),
+        ({"save_every_n_epochs": 0}, 1000, 5, 1),
         ({"save_every_n_epochs": 2}, 1000, None, 1),
         ({"save_every_n_epochs": -1}, 1000, 5, 1),
         ({"save_every_n_epochs": 1, "save_last_n_epochs": 2}, 1000, 5, 3),
