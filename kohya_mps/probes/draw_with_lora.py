@@ -1,13 +1,14 @@
 """Draw a picture with diffusers on this machine's device, without and with a LoRA.
 
-usage: draw_with_lora.py ORDERS
+usage: draw_with_lora.py REQUEST
 
-ORDERS is JSON: ``model``, ``lora``, ``out``, ``prompt``, ``negative``, ``width``, ``height``,
-``steps``, ``scale``, ``seed``, ``family`` (sdxl or another), ``precision`` (no, fp16 or bf16). Writes without.png,
-with.png and result.json to ``out``: device, modules, difference (mean, of 255), seconds.
+REQUEST is JSON: ``model``, ``lora``, ``out``, ``prompt``, ``negative``, ``width``, ``height``,
+``steps``, ``scale``, ``seed``, ``family`` (sdxl or another one), ``precision`` (no, fp16 or bf16).
+The script writes without.png, with.png and result.json to the directory ``out``: device, modules,
+difference (mean, of 255), seconds.
 
-lycoris puts the LoRA onto the modules by their names. It knows sd-scripts' own LoRA and its
-own kinds; diffusers' loader would need peft, which the trainer does not.
+lycoris finds the LoRA's modules by their names. It reads sd-scripts' own LoRA and its own kinds;
+diffusers' loader would need peft, which the trainer's environment does not have.
 """
 
 import json
@@ -25,9 +26,8 @@ from safetensors.torch import load_file
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-# sd-scripts names SDXL's modules as the original files do. Blocks are numbered anew by
-# diffusers, they and what is inside them are renamed here.
+# sd-scripts names SDXL's modules as the original files do. diffusers' own function gives the blocks
+# diffusers' numbers; these are the names of the blocks and of the modules in them.
 NAMES = {
     "_input_blocks_": "_down_blocks_",
     "_middle_block_": "_mid_block_",
@@ -44,17 +44,17 @@ def load(model: str, family: str, precision: torch.dtype) -> DiffusionPipeline:
     """The base model: one file, a folder in diffusers' layout, or a name on Hugging Face."""
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     options = {} if family == "sdxl" else {"safety_checker": None}
-    how = kind.from_single_file if Path(model).is_file() else kind.from_pretrained
-    return how(model, torch_dtype=precision, **options)
+    load_from = kind.from_single_file if Path(model).is_file() else kind.from_pretrained
+    return load_from(model, torch_dtype=precision, **options)
 
 
-def put_on(pipeline: DiffusionPipeline, lora: str) -> int:
-    """Merge the LoRA into the pipeline; returns how many modules it changed."""
+def merge_lora(pipeline: DiffusionPipeline, lora: str) -> int:
+    """Merge the LoRA into the pipeline, and return the number of modules that it changed."""
     weights = load_file(lora)
     if any("input_blocks" in name or "middle_block" in name for name in weights):
-        weights = renamed(_maybe_map_sgm_blocks_to_diffusers(weights, pipeline.unet.config))
-    two = getattr(pipeline, "text_encoder_2", None)
-    encoders = [pipeline.text_encoder, two] if two is not None else pipeline.text_encoder
+        weights = rename(_maybe_map_sgm_blocks_to_diffusers(weights, pipeline.unet.config))
+    second = getattr(pipeline, "text_encoder_2", None)
+    encoders = [pipeline.text_encoder, second] if second is not None else pipeline.text_encoder
     network, _ = create_network_from_weights(
         1.0, lora, pipeline.vae, encoders, pipeline.unet, weights_sd=weights
     )
@@ -69,8 +69,8 @@ def put_on(pipeline: DiffusionPipeline, lora: str) -> int:
     return len(found)
 
 
-def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """SDXL's modules by diffusers' names."""
+def rename(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under diffusers' names of SDXL's modules."""
     result = {}
     for name, tensor in weights.items():
         for theirs, ours in NAMES.items():
@@ -79,33 +79,33 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def draw(pipeline: DiffusionPipeline, orders: dict[str, object], target: Path) -> np.ndarray:
-    """One picture, from the same noise each time."""
+def draw(pipeline: DiffusionPipeline, request: dict[str, object], target: Path) -> np.ndarray:
+    """Draw and save one picture, from the same noise each time; returns its pixels (0 to 255)."""
     picture = pipeline(
-        orders["prompt"],
-        negative_prompt=orders["negative"] or None,
-        width=orders["width"],
-        height=orders["height"],
-        num_inference_steps=orders["steps"],
-        guidance_scale=orders["scale"],
-        # On the CPU, so that every device starts from the same.
-        generator=torch.Generator("cpu").manual_seed(int(str(orders["seed"]))),
+        request["prompt"],
+        negative_prompt=request["negative"] or None,
+        width=request["width"],
+        height=request["height"],
+        num_inference_steps=request["steps"],
+        guidance_scale=request["scale"],
+        # On the CPU, so that every device starts from the same noise.
+        generator=torch.Generator("cpu").manual_seed(int(str(request["seed"]))),
     ).images[0]
     picture.save(target)
     return np.asarray(picture, dtype=np.float64)
 
 
 def main() -> None:
-    orders = json.loads(sys.argv[1])
-    out = Path(orders["out"])
+    request = json.loads(sys.argv[1])
+    out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     device = Accelerator().device
-    pipeline = load(orders["model"], orders["family"], PRECISIONS[orders["precision"]]).to(device)
+    pipeline = load(request["model"], request["family"], PRECISIONS[request["precision"]]).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    plain = draw(pipeline, orders, out / "without.png")
-    modules = put_on(pipeline, orders["lora"])
-    changed = draw(pipeline, orders, out / "with.png")
+    plain = draw(pipeline, request, out / "without.png")
+    modules = merge_lora(pipeline, request["lora"])
+    changed = draw(pipeline, request, out / "with.png")
     result = {
         "device": str(device),
         "modules": modules,

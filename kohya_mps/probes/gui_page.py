@@ -1,13 +1,13 @@
-"""Run kohya_ss's page unchanged, with two things made right around it.
+"""Run kohya_ss's page unchanged, and correct two things around it.
 
 usage: gui_page.py kohya_gui.py [ITS OPTIONS]
 
-Gradio looks whether its own page answers, five times for three seconds, and gives up
-(gradio 5.50.0, networking.py, url_ok). This page has 3,000 fields: the first answer is a second
-of work for one core, and on a busy machine the page never starts. Here it looks once, with time.
+Gradio checks five times, for three seconds each, whether its own page answers, and then gives up
+(gradio 5.50.0, networking.py, url_ok). This page has 3,000 fields, and its first answer is a second
+of work for one core: on a busy machine it never starts. Here it is checked once, with a long timeout.
 
-kohya_ss imports easygui, which imports tkinter, which some Pythons do not have. With
-``--headless`` there are no file dialogs; what stands in for it says so if it is used after all.
+kohya_ss imports easygui, which imports tkinter, which some Pythons do not have. With ``--headless``
+there are no file dialogs, so a replacement is enough; it raises an error if it is used anyway.
 """
 
 import importlib.util
@@ -20,40 +20,40 @@ from typing import Any
 import httpx
 from gradio import networking
 
-PATIENCE_SECONDS = 300
+ANSWER_SECONDS = 300
 
 
 class Absent:
-    """Whatever a module of tkinter's would hold."""
+    """Replaces every name in tkinter's modules."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise RuntimeError("this Python has no tkinter, so there are no dialogs: type the path instead")
 
 
-class _StandIn(ModuleType):
+class _EmptyModule(ModuleType):
     def __getattr__(self, name: str) -> type[Absent]:
         if name.startswith("__"):
             raise AttributeError(name)
         return Absent
 
 
-def stand_in() -> None:
-    """Make ``import tkinter``, and what easygui imports of it, succeed."""
-    whole = _StandIn("tkinter")
-    whole.__path__ = []
-    sys.modules["tkinter"] = whole
+def replace_tkinter() -> None:
+    """Make the imports of tkinter and of the parts that easygui uses succeed."""
+    package = _EmptyModule("tkinter")
+    package.__path__ = []
+    sys.modules["tkinter"] = package
     for name in ("filedialog", "font"):
-        part = _StandIn(f"tkinter.{name}")
-        setattr(whole, name, part)
-        sys.modules[part.__name__] = part
+        module = _EmptyModule(f"tkinter.{name}")
+        setattr(package, name, module)
+        sys.modules[module.__name__] = module
 
 
 def answers(url: str) -> bool:
-    """In place of gradio's ``url_ok``."""
+    """Replaces gradio's ``url_ok``: whether the page answers."""
     try:
-        # A proxy has no way to this machine's own addresses.
-        asked = httpx.head(url, timeout=PATIENCE_SECONDS, verify=False, trust_env=False)  # noqa: S501
-        return bool(asked.is_success)
+        # Without the environment's proxy, which cannot reach this machine's own addresses.
+        response = httpx.head(url, timeout=ANSWER_SECONDS, verify=False, trust_env=False)  # noqa: S501
+        return bool(response.is_success)
     except httpx.HTTPError:
         return False
 
@@ -63,7 +63,7 @@ def main() -> None:
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path[0] = str(script.parent)
     if importlib.util.find_spec("_tkinter") is None:
-        stand_in()
+        replace_tkinter()
     networking.url_ok = answers
     runpy.run_path(str(script), run_name="__main__")
 

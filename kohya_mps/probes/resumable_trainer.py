@@ -1,22 +1,23 @@
-"""Run an unchanged sd-scripts trainer, and see to what it does not see to by itself.
+"""Run an unchanged sd-scripts trainer so that its run can be followed, stopped and resumed exactly.
 
-usage: resumable_trainer.py ORDERS TRAINER.py [TRAINER OPTIONS]
+usage: resumable_trainer.py REQUEST TRAINER.py [TRAINER OPTIONS]
 
-ORDERS is JSON: the files ``steps``, ``begun``, ``ended`` and ``stop`` of the run, and ``resume``,
-a saved state or null. The trainer's files stay as they are; functions that it calls are wrapped:
+REQUEST is JSON: the files ``steps``, ``begun``, ``ended`` and ``stop`` of the run, and ``resume``,
+a saved state or null. The trainer's files stay as they are; this script wraps functions that the
+trainer calls:
 
-- each step's numbers go to ``steps``, one JSON object a line; the end goes to ``ended``;
+- each step's numbers are written to ``steps``, one JSON object a line; the end is written to ``ended``;
 - a loss that is not finite ends the run before anything is saved from it;
-- SIGINT, SIGTERM or the file ``stop`` end the run after the step, its state saved;
-- a checkpoint appears under its name when it is whole, and is not begun on a full disk;
-- ``resume`` goes on from a saved state with the losses of a run that was never interrupted.
+- SIGINT, SIGTERM or the file ``stop`` end the run after the step, with its state saved;
+- a checkpoint gets its name only when it is complete, and none is begun on a full disk;
+- ``resume`` continues from a saved state with the losses of a run that was never interrupted.
 
-The last one is why this is no mere ``--resume``. The pinned trainer's (2e0fcc50, train_network.py,
-lines 1243 to 1262 and 1338 to 1343) loads the random state of the middle of an epoch and then
-draws the epoch's order from it, so that the order is another one; with
-``--skip_until_initial_step`` it counts the steps of the last epoch only. Here the run is played
-again from its first step with nothing computed: epochs, counters, learning rates and the order
-of the pictures come about as they did, and at the saved step the state is loaded.
+The trainer's own ``--resume`` is not exact. The pinned one (2e0fcc50, train_network.py, lines 1243
+to 1262 and 1338 to 1343) loads the random state of the middle of an epoch and then draws the
+epoch's order from it, which gives another order. With ``--skip_until_initial_step`` it counts the
+steps of the last epoch only. Here the run is replayed from its first step without computing
+anything: epochs, counters, learning rates and the order of the pictures are the same as before.
+At the saved step the state is loaded.
 """
 
 import contextlib
@@ -40,37 +41,41 @@ import safetensors.torch
 import torch
 from torch.utils.data import RandomSampler, get_worker_info
 
-# Left free beside what is saved: the log and the samples need some, too.
+# Disk space that stays free for the log and the samples.
 SPARE_BYTES = 64_000_000
 
 
 class NotFinite(Exception):
-    """The loss is NaN or infinite: nothing that follows would be worth anything."""
+    """The loss is NaN or infinite: all further steps would be useless."""
 
 
 class DiskFull(Exception):
-    """There is less free disk than the next checkpoint needs."""
+    """The disk has less free space than the next checkpoint needs."""
 
 
 class NoExactResume(Exception):
-    """The saved state does not hold what an exact continuation needs."""
+    """The saved state lacks what an exact resume needs."""
 
 
-# -- Whole files -------------------------------------------------------------------------------
+# -- Complete files ----------------------------------------------------------------------------
 
 
-def check_room(place: Path, needed: int) -> None:
-    """Refuse to begin a file that the disk has no room for."""
-    free = shutil.disk_usage(place).free
+def check_room(directory: Path, needed: int) -> None:
+    """Refuse to begin a file when the disk has no room for its ``needed`` bytes.
+
+    Raises:
+        DiskFull: there is not enough free space.
+    """
+    free = shutil.disk_usage(directory).free
     if free < needed + SPARE_BYTES:
         raise DiskFull(
-            f"{place} has {free / 1e6:.0f} MB left; the checkpoint needs {needed / 1e6:.0f} MB more"
+            f"{directory} has {free / 1e6:.0f} MB left; the checkpoint needs {needed / 1e6:.0f} MB more"
         )
 
 
 @contextlib.contextmanager
-def whole(final: Path) -> Iterator[Path]:
-    """A place to write to that takes its name when it was written to its end."""
+def complete(final: Path) -> Iterator[Path]:
+    """Give a path to write a file or a folder to; it gets its final name when all of it is written."""
     unfinished = final.with_name(f".{final.name}.unfinished")
     remove(unfinished)
     try:
@@ -89,44 +94,47 @@ def whole(final: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def save_wholly() -> None:
-    """Make every saved file of weights appear whole; has to come before others import the functions."""
+def save_completely() -> None:
+    """Give saved files of weights their names only when they are complete.
+
+    It has to run before other modules import the functions that it replaces.
+    """
     save_file, save = safetensors.torch.save_file, torch.save
 
-    def whole_save_file(tensors: dict[str, torch.Tensor], filename: Any, metadata: Any = None) -> None:
+    def complete_save_file(tensors: dict[str, torch.Tensor], filename: Any, metadata: Any = None) -> None:
         final = Path(filename)
         check_room(final.parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-        with whole(final) as unfinished:
+        with complete(final) as unfinished:
             save_file(tensors, unfinished, metadata)
 
-    def whole_save(obj: Any, f: Any, *arguments: Any, **options: Any) -> None:
+    def complete_save(obj: Any, f: Any, *arguments: Any, **options: Any) -> None:
         if not isinstance(f, str | os.PathLike):
             save(obj, f, *arguments, **options)
             return
-        with whole(Path(f)) as unfinished:
+        with complete(Path(f)) as unfinished:
             save(obj, unfinished, *arguments, **options)
 
-    safetensors.torch.save_file, torch.save = whole_save_file, whole_save
+    safetensors.torch.save_file, torch.save = complete_save_file, complete_save
 
 
 # -- Random states -----------------------------------------------------------------------------
 
 
-def drawn_random() -> dict[str, Any]:
-    """What decides augmentations and captions."""
+def data_random() -> dict[str, Any]:
+    """The random states that decide augmentations and captions."""
     return {"python": random.getstate(), "numpy": np.random.get_state()}
 
 
 def all_random() -> dict[str, Any]:
-    """The same with torch's; accelerate 1.3.0 saves CUDA's but not MPS' (checkpointing.py)."""
-    state = drawn_random() | {"torch": torch.get_rng_state()}
+    """All random states; accelerate 1.3.0 saves CUDA's, but not MPS's (checkpointing.py)."""
+    state = data_random() | {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -135,7 +143,7 @@ def all_random() -> dict[str, Any]:
 
 
 def restore_random(state: dict[str, Any]) -> None:
-    """Set what :func:`all_random` took, or ``before_fetch``."""
+    """Set the states that :func:`all_random` returned, or those in ``before_fetch``."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -145,24 +153,25 @@ def restore_random(state: dict[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
-# -- The watch ---------------------------------------------------------------------------------
+# -- The watched training ----------------------------------------------------------------------
 
 
 class Watch:
-    """What is known of the running training, and what the wrapped functions do.
+    """The state of the running training, and what the wrapped functions do.
 
-    ``batches`` counts the batches that were trained, ``fetches`` those that were read:
-    accelerate reads one ahead. ``losses`` has one for each batch, ``mean_loss`` is the last
-    step's, over its batches and all processes. ``between_steps`` are the random states of
-    Python and numpy that the next step has to find.
+    ``batches`` counts the batches that were trained, ``fetches`` the batches that were read:
+    accelerate reads one ahead. ``losses`` has one loss for each batch; ``mean_loss`` is that of the
+    last step, over its batches and all processes. ``between_steps`` are the random states of
+    Python and numpy that the next step has to start with.
     """
 
-    def __init__(self, orders: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any]) -> None:
         self.steps_file, self.begun_file, self.ended_file, self.stop_file = (
-            Path(orders[name]) for name in ("steps", "begun", "ended", "stop")
+            Path(request[name]) for name in ("steps", "begun", "ended", "stop")
         )
-        self.resume = Path(orders["resume"]) if orders["resume"] else None
-        self.target = 0  # the step that is played up to
+        self.resume = Path(request["resume"]) if request["resume"] else None
+        self.output_dir = ""  # the trainer's, once it has read its arguments
+        self.target = 0  # the step at which the replay ends
         self.saved: dict[str, Any] = {}  # what this process saved beside the state
         self.replaying = False
         self.step = self.total = 0
@@ -188,18 +197,18 @@ class Watch:
     # Resuming
 
     def begin(self, args: Any, accelerator: Any) -> None:
-        """The trainer is ready for its first step."""
+        """Called when the trainer is ready for its first step."""
         self.rank, self.total = accelerator.process_index, args.max_train_steps
         if self.resume:
             self._prepare_replay(args)
         if accelerator.is_local_main_process:
-            about = {
+            begun = {
                 "total": self.total,
                 "device": str(accelerator.device),
                 "processes": accelerator.num_processes,
                 "pid": os.getpid(),
             }
-            write_json(self.begun_file, about)
+            write_json(self.begun_file, begun)
 
     def _prepare_replay(self, args: Any) -> None:
         assert self.resume is not None
@@ -210,9 +219,9 @@ class Watch:
             )
         state = json.loads((self.resume / "train_state.json").read_text(encoding="utf-8"))
         self.target = int(state["current_step"])
-        self.saved = torch.load(extras, weights_only=False)  # our own file
+        self.saved = torch.load(extras, weights_only=False)  # this script wrote it
         self.replaying = True
-        # Nothing is saved again on the way; from the step after the loaded one on, it is.
+        # The replay saves nothing. Saving begins again with the step after the loaded one.
         self.postponed = (args.save_every_n_steps, args.save_every_n_epochs)
         args.save_every_n_steps = args.save_every_n_epochs = None
 
@@ -220,13 +229,13 @@ class Watch:
         accelerator.load_state(str(self.resume))
         restore_random(self.saved["random"])
         self.before_fetch, self.mean_loss = self.saved["before_fetch"], self.saved["mean_loss"]
-        self.between_steps = drawn_random()
+        self.between_steps = data_random()
         self.replaying = False
 
     # Steps
 
     def batch(self, original: Callable[..., torch.Tensor], *arguments: Any, **options: Any) -> torch.Tensor:
-        """``process_batch``: the loss of a batch."""
+        """Replaces ``process_batch``: the loss of a batch."""
         if not options.get("is_train", True):
             return torch.zeros(()) if self.replaying else original(*arguments, **options)
         self.batches += 1
@@ -234,13 +243,13 @@ class Watch:
             loss = self.saved["losses"][self.batches - 1]
             self.losses.append(loss)
             return torch.tensor(loss)
-        self.undisturbed()
+        self.restore_between_steps()
         loss = original(*arguments, **options)
         self.unread.append(loss.detach())
         return loss
 
     def step_done(self, accelerator: Any, args: Any, step: int) -> None:
-        """The optimizer has made a step; nothing of it was saved yet."""
+        """Called when the optimizer has made a step, before anything of it is saved."""
         self.step = step
         if self.postponed and not self.replaying:
             args.save_every_n_steps = self.postponed[0]
@@ -251,13 +260,13 @@ class Watch:
                 args.save_every_n_epochs = self.postponed[1] if self.postponed else None
             return
         self._read_losses(accelerator)
-        self.between_steps = drawn_random()
+        self.between_steps = data_random()
 
-    def undisturbed(self) -> None:
-        """Take back what was drawn from Python's and numpy's random numbers since the last step.
+    def restore_between_steps(self) -> None:
+        """Set Python's and numpy's random states back to those after the last step.
 
-        Drawing samples and saving use them, the first time in a process more than later: a
-        resumed run would flip other pictures. The trainer looks after torch's itself.
+        Drawing samples and saving use random numbers, the first time in a process more than later.
+        So a resumed run would flip other pictures. The trainer restores torch's states itself.
         """
         if self.between_steps:
             random.setstate(self.between_steps["python"])
@@ -265,7 +274,7 @@ class Watch:
             self.between_steps = {}
 
     def _read_losses(self, accelerator: Any) -> None:
-        # The trainer reads the loss itself right after this: no further wait for the device.
+        # The trainer itself reads the loss right after this, so this adds no wait for the device.
         own = [float(loss) for loss in self.unread]
         self.losses += own
         mean = torch.stack(self.unread).mean()
@@ -276,10 +285,14 @@ class Watch:
             raise NotFinite(f"the loss of step {self.step} is {self.mean_loss}")
 
     def after_step(self, accelerator: Any, args: Any) -> None:
-        """Stop here, when that was asked for."""
+        """End the run after this step if the stop file exists.
+
+        Raises:
+            SystemExit: the state is saved and the run has ended.
+        """
         if self.stop_at == math.inf and self.stop_file.exists():
             # Processes are never more than one step apart, because each step needs all of
-            # them: what rank 0 writes now, the others have read at the end of the next one.
+            # them. So all have read by the end of the next step what rank 0 writes now.
             if accelerator.num_processes == 1:
                 self.stop_at = self.step
             elif text := self.stop_file.read_text(encoding="ascii"):
@@ -302,7 +315,7 @@ class Watch:
         raise SystemExit(0)
 
     def write_step(self, logs: dict[str, Any], step: int, epoch: int) -> None:
-        """One line for each optimizer step, however many batches it had."""
+        """Write a line for the optimizer step, however many batches it had."""
         if self.replaying or step <= self.logged or "loss/current" not in logs:
             return
         self.logged = step
@@ -329,20 +342,20 @@ class Watch:
     def save_state(
         self, original: Callable[..., Any], accelerator: Any, directory: str, **options: Any
     ) -> Any:
-        """``Accelerator.save_state``, whole, with what an exact continuation needs."""
+        """Replaces ``Accelerator.save_state``: the state is complete and has what an exact resume needs."""
         final = Path(directory)
         check_room(final.parent, state_bytes(accelerator))
-        with whole(final) as unfinished:
+        with complete(final) as unfinished:
             result = original(accelerator, str(unfinished), **options)
             torch.save(self._extras(), unfinished / "watched_0.pt")
             for other in final.parent.glob(".watched_*.pt"):
                 other.rename(unfinished / other.name[1:])
         return result
 
-    def before_barrier(self, output: str | None) -> None:
-        """The other processes leave theirs for the first one: the trainer saves in that one alone."""
-        if self.rank and self.batches and not self.replaying and output:
-            torch.save(self._extras(), Path(output) / f".watched_{self.rank}.pt")
+    def before_barrier(self) -> None:
+        """Write this process's part of a state; only the first process saves the state itself."""
+        if self.rank and self.batches and not self.replaying and self.output_dir:
+            torch.save(self._extras(), Path(self.output_dir) / f".watched_{self.rank}.pt")
 
     def _extras(self) -> dict[str, Any]:
         return {
@@ -357,7 +370,7 @@ class Watch:
     # Data
 
     def fetch(self, original: Callable[..., Any], group: Any, index: int) -> Any:
-        """``DatasetGroup.__getitem__``: read a batch; while playing again only one that is still to be trained."""
+        """Replaces ``DatasetGroup.__getitem__``: a replay reads only the batches still to be trained."""
         if get_worker_info() is not None or not group.watched:
             return original(group, index)
         self.fetches += 1
@@ -366,13 +379,13 @@ class Watch:
                 return {}
             restore_random(self.saved["before_fetch"])
         else:
-            drawn = self.between_steps or drawn_random()
-            self.undisturbed()
+            drawn = self.between_steps or data_random()
+            self.restore_between_steps()
             self.before_fetch = drawn | {"torch": torch.get_rng_state()}
         return original(group, index)
 
     def order(self, original: Callable[..., Iterator[int]], sampler: Any, group_type: Any) -> Iterator[int]:
-        """``RandomSampler.__iter__``: the order of an epoch's batches."""
+        """Replaces ``RandomSampler.__iter__``: the order of an epoch's batches."""
         if isinstance(sampler.data_source, group_type):
             sampler.data_source.watched = True
             if self.replaying and sampler.generator is None:
@@ -383,19 +396,19 @@ class Watch:
     # The end
 
     def ended(self, how: str, error: str = "") -> None:
-        """Say how it ended; the first process of each machine speaks."""
+        """Write how the run ended; only the first process of each machine does."""
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             write_json(self.ended_file, {"how": how, "step": self.step, "error": error})
 
 
 def state_bytes(accelerator: Any) -> int:
-    """How large a saved state will be: the trained weights and what the optimizers keep."""
+    """The size of a saved state in bytes: the trained weights and the optimizers' states."""
     total = 0
     for optimizer in accelerator._optimizers:
         for group in optimizer.param_groups:
             total += sum(p.numel() * p.element_size() for p in group["params"])
-        for kept in optimizer.state.values():
-            total += sum(t.numel() * t.element_size() for t in kept.values() if isinstance(t, torch.Tensor))
+        for state in optimizer.state.values():
+            total += sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, torch.Tensor))
     return total
 
 
@@ -415,41 +428,43 @@ def write_text(path: Path, text: str) -> None:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a function by one that receives the original as its first argument."""
+    """Replace a function by a wrapper that receives the original as its first argument."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *arguments, **options: wrapper(original, *arguments, **options))
 
 
 def trainers_library() -> Any:
-    """sd-scripts' ``library/train_util.py``; the trainer's folder has to be importable."""
+    """sd-scripts' ``library/train_util.py``; the trainer's folder has to be on ``sys.path``."""
     return importlib.import_module("library.train_util")
 
 
 def attach(watch: Watch) -> None:
     """Wrap what the trainer calls."""
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.scheduler import AcceleratedScheduler
+    attach_to_library(watch)
+    attach_to_data(watch)
+    attach_to_accelerate(watch)
 
+
+def attach_to_library(watch: Watch) -> None:
+    """Wrap sd-scripts' functions that the trainer calls before its first step and after each step."""
     train_util = trainers_library()
-    output: list[str] = []
 
     def verify(original: Callable[..., Any], args: Any) -> None:
         original(args)
-        output.append(args.output_dir)
+        watch.output_dir = args.output_dir
         attach_to_trainer(watch, sys.modules["__main__"])
 
     def sample(
         original: Callable[..., Any], pipeline: Any, accelerator: Any, args: Any, epoch: Any, step: int,
         *rest: Any, **options: Any,
     ) -> None:  # fmt: skip
-        # Called after each step, after each epoch and before the first step, in every process.
+        # The trainer calls it before the first step, after each step and after each epoch, in every process.
         if step == 0:
             watch.begin(args, accelerator)
         elif epoch is None:
-            played = watch.replaying
+            replayed = watch.replaying
             watch.step_done(accelerator, args, step)
-            if played:
+            if replayed:
                 watch.after_step(accelerator, args)
                 return
         if watch.replaying:
@@ -458,54 +473,70 @@ def attach(watch: Watch) -> None:
         if epoch is None and step:
             watch.after_step(accelerator, args)
 
-    def unless_replaying(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return None if watch.replaying else original(*arguments, **options)
+    wrap(train_util, "verify_training_args", verify)
+    wrap(train_util, "sample_images_common", sample)
 
-    def barrier(original: Callable[..., Any], accelerator: Any) -> None:
-        watch.before_barrier(output[0] if output else None)
-        original(accelerator)
+
+def attach_to_data(watch: Watch) -> None:
+    """Wrap how the trainer orders and reads its batches."""
+    groups = trainers_library().DatasetGroup
 
     def fetch(original: Callable[..., Any], group: Any, index: int) -> Any:
         return watch.fetch(original, group, index)
 
     def order(original: Callable[..., Any], sampler: Any) -> Iterator[int]:
-        return watch.order(original, sampler, train_util.DatasetGroup)
+        return watch.order(original, sampler, groups)
 
-    wrap(train_util, "verify_training_args", verify)
-    wrap(train_util, "sample_images_common", sample)
-    train_util.DatasetGroup.watched = False
-    wrap(train_util.DatasetGroup, "__getitem__", fetch)
+    groups.watched = False
+    wrap(groups, "__getitem__", fetch)
     wrap(RandomSampler, "__iter__", order)
+
+
+def attach_to_accelerate(watch: Watch) -> None:
+    """Wrap saving, and everything that a replay leaves out."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+    from accelerate.utils import DistributedType
+
+    def unless_replaying(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return None if watch.replaying else original(*arguments, **options)
+
+    def barrier(original: Callable[..., Any], accelerator: Any) -> None:
+        watch.before_barrier()
+        original(accelerator)
+
+    def prepare_model(original: Callable[..., Any], accelerator: Any, model: Any, **options: Any) -> Any:
+        # accelerate 1.3.0 does not give frozen models to DDP on GPUs, but does on CPUs, where DDP
+        # refuses them (accelerator.py, lines 1461 and 1599).
+        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        if frozen and accelerator.distributed_type == DistributedType.MULTI_CPU:
+            options["evaluation_mode"] = True
+        return original(accelerator, model, **options)
+
     wrap(Accelerator, "prepare_model", prepare_model)
     wrap(Accelerator, "save_state", watch.save_state)
     wrap(Accelerator, "wait_for_everyone", barrier)
-    wrap(Accelerator, "backward", unless_replaying)
-    wrap(Accelerator, "clip_grad_norm_", unless_replaying)
-    wrap(AcceleratedOptimizer, "step", unless_replaying)
-    wrap(AcceleratedScheduler, "step", unless_replaying)
-
-
-def prepare_model(original: Callable[..., Any], accelerator: Any, model: Any, **options: Any) -> Any:
-    """Keep models that are not trained out of DDP.
-
-    accelerate 1.3.0 leaves frozen models alone on GPUs; on CPUs it hands them to DDP, which
-    refuses them (accelerator.py, lines 1461 and 1599).
-    """
-    from accelerate.utils import DistributedType
-
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    if frozen and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        options["evaluation_mode"] = True
-    return original(accelerator, model, **options)
+    for owner, name in (
+        (Accelerator, "backward"),
+        (Accelerator, "clip_grad_norm_"),
+        (AcceleratedOptimizer, "step"),
+        (AcceleratedScheduler, "step"),
+    ):
+        wrap(owner, name, unless_replaying)
 
 
 def attach_to_trainer(watch: Watch, main: Any) -> None:
-    """Wrap the trainer's own methods; its script is the running ``__main__``."""
+    """Wrap the trainer's own methods; its script runs as ``__main__``.
+
+    Raises:
+        SystemExit: the script has no class, or several, with ``process_batch``.
+    """
     trainers = [
         kind for kind in vars(main).values() if isinstance(kind, type) and hasattr(kind, "process_batch")
     ]
     if len(trainers) != 1:
-        raise SystemExit(f"{main.__file__}: has no one trainer with process_batch: not known here")
+        raise SystemExit(f"{main.__file__}: {len(trainers)} classes have process_batch, expected one")
 
     def log_step(
         original: Callable[..., Any],
@@ -531,12 +562,12 @@ def main() -> None:
     watch = Watch(json.loads(sys.argv[1]))
     script = Path(sys.argv[2])
     sys.argv = sys.argv[2:]
-    # The trainer is the script, or the last one of a chain of scripts that run each other.
+    # The trainer is the script itself, or the last of several scripts that each run the next one.
     trainer = next(argument for argument in sys.argv if argument.endswith("_network.py"))
     sys.path.insert(0, str(Path(trainer).resolve().parent))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: watch.stop_file.touch())
-    save_wholly()
+    save_completely()
     attach(watch)
     try:
         runpy.run_path(str(script), run_name="__main__")

@@ -182,14 +182,14 @@ def command(generation: Generation, config: Path, planned: Plan, run: Run, saved
         run: the run whose directory the trainer writes into.
         saved: the state to resume from.
     """
-    orders = {
+    request = {
         "steps": str(run.steps_file),
         "begun": str(run.begun_file),
         "ended": str(run.ended_file),
         "stop": str(run.stop_file),
         "resume": str(saved.path) if saved else None,
     }
-    chain = [str(PROBES / "resumable_trainer.py"), msgspec.json.encode(orders).decode()]
+    chain = [str(PROBES / "resumable_trainer.py"), msgspec.json.encode(request).decode()]
     if _is_small(planned):
         chain.append(str(PROBES / "small_trainer.py"))
     awake = ["/usr/bin/caffeinate", "-i", "-m"] if on_mac() else []

@@ -14,15 +14,15 @@ from kohya_mps.train.runs import Run
 _TRAINER = """#!{python}
 import json, os, sys, time
 from pathlib import Path
-orders = next(json.loads(word) for word in sys.argv if word.startswith("{{"))
+request = next(json.loads(word) for word in sys.argv if word.startswith("{{"))
 words = sys.argv
 output = Path(words[words.index("--output_dir") + 1])
 name = words[words.index("--output_name") + 1]
-steps, begun, ended, stop = (Path(orders[n]) for n in ("steps", "begun", "ended", "stop"))
+steps, begun, ended, stop = (Path(request[n]) for n in ("steps", "begun", "ended", "stop"))
 (steps.parent / "received.json").write_text(json.dumps([words, os.getcwd(), os.getsid(0) == os.getpid()]))
 first = 1
-if orders["resume"]:
-    first += json.loads((Path(orders["resume"]) / "train_state.json").read_text())["current_step"]
+if request["resume"]:
+    first += json.loads((Path(request["resume"]) / "train_state.json").read_text())["current_step"]
 begun.write_text(json.dumps({{"total": 6, "device": "{device}", "processes": 1, "pid": os.getpid()}}))
 def save(step):
     state = output / f"{{name}}-step{{step:08d}}-state"
@@ -39,9 +39,9 @@ for step in range(first, 7):
     with steps.open("a") as file:
         file.write(json.dumps(dict(step=step, epoch=1, time=time.time(), loss=1 / step, average=1 / step,
                                    memory=1, rates={{"unet": 1e-4}})) + "\\n")
-    if step == 3 and not orders["resume"]:
+    if step == 3 and not request["resume"]:
         save(3)
-    if step == 4 and not orders["resume"]:
+    if step == 4 and not request["resume"]:
         {at_four}
     time.sleep(0.02)
 (output / f"{{name}}.safetensors").write_bytes(b"lora")
