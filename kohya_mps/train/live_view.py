@@ -53,8 +53,8 @@ class Tail:
         except FileNotFoundError:
             return []
         self._read += len(new)
-        *whole, self._rest = (self._rest + new).split(b"\n")
-        return whole
+        *complete, self._rest = (self._rest + new).split(b"\n")
+        return complete
 
 
 class View(msgspec.Struct):

@@ -91,7 +91,7 @@ def _check_device(begun: Begun, expected: str) -> Check:
         "training device",
         device == expected,
         f"{begun.device}, {begun.processes} process{'es' if begun.processes > 1 else ''}, expected {expected}",
-        "`invoke configure` writes the accelerate configuration anew",
+        "`invoke configure` writes the accelerate configuration again",
     )
 
 

@@ -1,6 +1,6 @@
 """Line charts as SVG: without a library, without a script, without anything to download.
 
-All texts in a chart are escaped.
+Every text in a chart is escaped.
 """
 
 from __future__ import annotations

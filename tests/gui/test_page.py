@@ -55,10 +55,10 @@ class Served:
         environ = {**os.environ, "KOHYA_HOME": str(home), "HF_HUB_OFFLINE": "1"}
         with log.open("wb") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=output)
-        wait_until(lambda: self.url in self.said() or self.process.poll() is not None, 300)
-        assert self.process.poll() is None, self.said()
+        wait_until(lambda: self.url in self.output() or self.process.poll() is not None, 300)
+        assert self.process.poll() is None, self.output()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def interrupt(self) -> int:
@@ -127,10 +127,10 @@ def wait_until(
 @pytest.fixture(scope="module")
 def chosen() -> Settings:
     """The throw-away installation, with the web page in it."""
-    apart = msgspec.structs.replace(settings.load(), home=sandbox.SANDBOX.with_name("gui"))
-    report = setup.setup(apart, setup.SetupOptions(train_step=False, gui=True))
+    separate = msgspec.structs.replace(settings.load(), home=sandbox.SANDBOX.with_name("gui"))
+    report = setup.setup(separate, setup.SetupOptions(train_step=False, gui=True))
     assert report.ok, report.checks
-    return apart
+    return separate
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def generation(chosen: Settings) -> Generation:
 def served(chosen: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     running = Served(chosen.home, tmp_path_factory.mktemp("served") / "page.log")
     yield running
-    assert running.interrupt() == 0, running.said()
+    assert running.interrupt() == 0, running.output()
     socket.create_server(("127.0.0.1", running.port)).close()
 
 
@@ -159,13 +159,13 @@ def shrink_the_unet(home: Path) -> None:
     What the page starts stays what ``invoke gui`` wrote; the trainer alone gets a launcher.
     """
     started = home / ".kohya-mps" / "gui" / "bin" / "accelerate"
-    whole = started.with_name("accelerate-of-invoke-gui")
-    started.rename(whole)
+    original = started.with_name("accelerate-of-invoke-gui")
+    started.rename(original)
     started.write_text(
         "#!/usr/bin/env python3\nimport os, sys\n"
         "at = next(i for i, word in enumerate(sys.argv) if word.endswith('train_network.py'))\n"
         f"words = [*sys.argv[1:at], {str(PROBES / 'small_trainer.py')!r}, *sys.argv[at:]]\n"
-        f"os.execv({str(whole)!r}, [{str(whole)!r}, *words])\n"
+        f"os.execv({str(original)!r}, [{str(original)!r}, *words])\n"
     )
     started.chmod(0o755)
 
@@ -241,12 +241,12 @@ def test_a_lora_is_trained_from_the_page(
     assert not [check for check in judged.checks if check.status in (Status.FAIL, Status.WARN)]
 
     browser.press("Start training")
-    browser.wait_until(lambda: "Training has ended" in served.said(), 300)
+    browser.wait_until(lambda: "Training has ended" in served.output(), 300)
     browser.look("after-training")
     shutil.copy(served.log, SCREENSHOTS / "page.log")
 
-    assert (output / "from-the-page.safetensors").stat().st_size > 10_000, served.said()
-    assert f"accelerator device: {machine.expected_device()}" in served.said()
+    assert (output / "from-the-page.safetensors").stat().st_size > 10_000, served.output()
+    assert f"accelerator device: {machine.expected_device()}" in served.output()
     (written,) = output.glob("config_lora-*.toml")
     assert 'mixed_precision = "no"' in written.read_text()
     assert not browser.errors

@@ -24,7 +24,7 @@ from tests.support.web_pages import generation_of
 from tests.support.world import World
 
 
-def test_what_the_page_calls_accelerate_launches_with_our_configuration(installation: Settings) -> None:
+def test_the_pages_accelerate_launches_with_our_configuration(installation: Settings) -> None:
     generation = generation_of(installation)
     directory = page_files.write_accelerate(Installation(installation.home), generation)
     given = ["launch", "--mixed_precision", "no", "a script.py", "--config_file", "with 'quotes'.toml"]
@@ -37,7 +37,9 @@ def test_what_the_page_calls_accelerate_launches_with_our_configuration(installa
     assert json.loads(other.stdout) == ["env"]
 
 
-def test_the_forms_open_with_the_launchs_precision_and_what_config_says(installation: Settings) -> None:
+def test_the_forms_open_with_the_precision_of_the_launch_and_the_values_of_the_configuration(
+    installation: Settings,
+) -> None:
     chosen = settings.load_gui()
     path = page_files.write_forms(Installation(installation.home), generation_of(installation), chosen)
     forms = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +56,7 @@ def test_values_of_every_kind_survive_toml() -> None:
     assert tomllib.loads(page_files.toml({"section": values})) == {"section": values}
 
 
-def test_the_users_own_presets_stay_and_ours_are_offered(installation: Settings) -> None:
+def test_the_users_own_presets_stay_and_ours_are_linked(installation: Settings) -> None:
     directory = installation.home / page_files.USER_PRESETS
     directory.mkdir(parents=True)
     names = sorted(preset.name for preset in GUI_PRESETS.glob("*.json"))
@@ -66,7 +68,7 @@ def test_the_users_own_presets_stay_and_ours_are_offered(installation: Settings)
     assert sorted(entry.name for entry in directory.iterdir()) == names
 
 
-def test_what_the_page_leaves_in_the_checkout_is_not_taken_for_the_users(installation: Settings) -> None:
+def test_files_that_the_page_writes_into_the_checkout_are_not_the_users(installation: Settings) -> None:
     root = installation.home
     (root / ".gitignore").write_text("presets/*/user_presets/*\nsetup.log\noutputs\n")
     subprocess.run(["git", "-C", root, "add", "kohya_gui.py", ".gitignore"], check=True)
@@ -111,9 +113,9 @@ def test_forms_and_presets_use_names_that_the_page_knows(tmp_path: Path) -> None
         path.read_text(encoding="utf-8")
         for path in [chosen.home / "kohya_gui.py", *(chosen.home / "kohya_gui").glob("*.py")]
     )
-    asked = set(re.findall(r'"([a-z0-9_]+\.[a-z0-9_]+)"', source))
+    known = set(re.findall(r'"([a-z0-9_]+\.[a-z0-9_]+)"', source))
     forms = {f"{section}.{key}" for section, values in settings.load_gui().forms.items() for key in values}
-    assert forms <= asked
+    assert forms <= known
     saved = (chosen.home / "kohya_gui" / "lora_gui.py").read_text(encoding="utf-8")
     fields = set(re.findall(r"^    (\w+),$", saved.partition("def save_configuration(")[2], re.MULTILINE))
     for preset in GUI_PRESETS.glob("*.json"):

@@ -31,7 +31,7 @@ from tests.support.wheelhouse import pin, wheel
 
 
 class Started:
-    """``invoke gui`` as a person types it."""
+    """``invoke gui`` as a user types it."""
 
     def __init__(self, chosen: Settings, log: Path, *arguments: str, **variables: str) -> None:
         self.port, self._log = free_port(), log
@@ -40,14 +40,14 @@ class Started:
         with log.open("wb") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=output)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def told(self) -> dict[str, Any]:
-        """What the page says, once the address was printed."""
+    def answer(self) -> dict[str, Any]:
+        """The page's answer, once its address was printed."""
         deadline = time.monotonic() + 60
-        while f"http://127.0.0.1:{self.port}" not in self.said():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said()
+        while f"http://127.0.0.1:{self.port}" not in self.output():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output()
             time.sleep(0.05)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             f"http://127.0.0.1:{self.port}/", timeout=10
@@ -65,26 +65,26 @@ def test_the_address_is_printed_and_nothing_is_left_when_it_is_ended(
     installation: Settings, tmp_path: Path, how: signal.Signals
 ) -> None:
     started = Started(installation, tmp_path / "log")
-    training = psutil.Process(started.told()["training"])
-    assert started.end(how) == 0, started.said()
-    assert "The page has ended." in started.said()
+    training = psutil.Process(started.answer()["training"])
+    assert started.end(how) == 0, started.output()
+    assert "The page has ended." in started.output()
     assert not training.is_running() or training.status() == psutil.STATUS_ZOMBIE
     socket.create_server(("127.0.0.1", started.port)).close()
 
 
 def test_a_second_page_of_the_same_installation_is_refused(installation: Settings, tmp_path: Path) -> None:
     first = Started(installation, tmp_path / "first")
-    first.told()
+    first.answer()
     second = Started(installation, tmp_path / "second")
     assert second.process.wait(30) == 3
-    assert f"in use by process {first.process.pid}" in second.said()
+    assert f"in use by process {first.process.pid}" in second.output()
     assert first.end() == 0
 
 
-def test_forms_of_ones_own_are_taken(installation: Settings, tmp_path: Path) -> None:
+def test_the_users_own_forms_are_used(installation: Settings, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("[basic]\n")
     started = Started(installation, tmp_path / "log", "--config", str(tmp_path / "mine.toml"))
-    rest = started.told()["rest"]
+    rest = started.answer()["rest"]
     started.end()
     assert rest[rest.index("--config") + 1] == str(tmp_path / "mine.toml")
     with pytest.raises(UsageError, match="there is no such file"):
@@ -100,9 +100,9 @@ def test_the_page_gets_a_scrubbed_environment_and_upstreams_own_switches(
         "NO_PROXY": "intern.invalid",
     }  # fmt: skip
     started = Started(installation, tmp_path / "log", **leaks)
-    told = started.told()
+    answer = started.answer()
     started.end()
-    environ, home = told["environ"], Installation(installation.home)
+    environ, home = answer["environ"], Installation(installation.home)
     assert not {"PYTHONPATH", "CONDA_PREFIX", "ACCELERATE_USE_CPU"} & environ.keys()
     assert not {"GRADIO_SERVER_NAME", "GRADIO_ALLOWED_PATHS"} & environ.keys()
     assert environ["GRADIO_ANALYTICS_ENABLED"] == "False"
@@ -113,20 +113,20 @@ def test_the_page_gets_a_scrubbed_environment_and_upstreams_own_switches(
         str(home.state / "gui" / "bin"),
         str(generation_of(installation).venv / "bin"),
     ]
-    assert {"--headless", "--noverify"} <= set(told["rest"])
-    assert told["cwd"] == str(installation.home)
+    assert {"--headless", "--noverify"} <= set(answer["rest"])
+    assert answer["cwd"] == str(installation.home)
 
 
 def test_a_port_that_is_taken_is_an_error_that_names_another(installation: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"port {port} is in use") as told:
+        with pytest.raises(UsageError, match=f"port {port} is in use") as caught:
             serve.serve(installation, serve.ServeOptions(port=str(port)))
-    assert "invoke gui --port" in told.value.fix
+    assert "invoke gui --port" in caught.value.fix
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "web", "-1", "٣"])
-def test_a_port_that_is_none_is_refused(installation: Settings, port: str) -> None:
+def test_what_is_not_a_port_is_refused(installation: Settings, port: str) -> None:
     with pytest.raises(UsageError, match="is not a port"):
         serve.serve(installation, serve.ServeOptions(port=port))
 
@@ -136,18 +136,18 @@ def test_an_address_of_another_machine_is_refused(installation: Settings) -> Non
         serve.serve(installation, serve.ServeOptions(port=str(free_port()), listen="192.0.2.1"))
 
 
-def test_another_address_is_taken_with_a_warning(installation: Settings, tmp_path: Path) -> None:
+def test_another_address_is_used_with_a_warning(installation: Settings, tmp_path: Path) -> None:
     started = Started(installation, tmp_path / "log", "--listen", "0.0.0.0")
-    started.told()
+    started.answer()
     started.end()
-    assert "it has no password" in started.said()
+    assert "it has no password" in started.output()
     quiet = Started(installation, tmp_path / "quiet")
-    quiet.told()
+    quiet.answer()
     quiet.end()
-    assert "password" not in quiet.said()
+    assert "password" not in quiet.output()
 
 
-def test_a_page_that_ends_by_itself_is_a_failure_with_its_last_words(
+def test_a_page_that_ends_by_itself_is_a_failure_with_its_last_line(
     installation: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAGE_FAILS", "1")
@@ -180,7 +180,7 @@ def built(chosen: Settings, *, page: bool) -> Generation:
     return generation
 
 
-def test_the_page_is_one_more_lock_and_stays_until_it_is_asked_away(small: Small) -> None:
+def test_the_page_has_a_lock_of_its_own_and_stays_until_no_gui_is_given(small: Small) -> None:
     chosen = small_with_page(small).settings
     trainer, with_page = built(chosen, page=False), built(chosen, page=True)
     assert inventory.versions(with_page.venv) == {**inventory.versions(trainer.venv), "page": "3.0"}
@@ -225,18 +225,18 @@ def test_both_flags_at_once_are_refused() -> None:
     with pytest.raises(UsageError, match="exclude each other"):
         setup.SetupOptions().with_gui(gui=True, no_gui=True)
     flags = ((True, False), (False, True), (False, False))
-    asked = [setup.SetupOptions().with_gui(gui, no_gui).gui for gui, no_gui in flags]
-    assert asked == [True, False, None]
+    chosen = [setup.SetupOptions().with_gui(gui, no_gui).gui for gui, no_gui in flags]
+    assert chosen == [True, False, None]
 
 
 def test_an_environment_without_the_page_names_the_command_that_installs_it(tmp_path: Path) -> None:
     bare = make_installation(tmp_path, gui=False)
-    with pytest.raises(UsageError, match="without the web page") as told:
+    with pytest.raises(UsageError, match="without the web page") as caught:
         serve.serve(bare, serve.ServeOptions())
-    assert "invoke setup --gui" in told.value.fix
-    with pytest.raises(UsageError, match="no environment of the profile 'latest'") as told:
+    assert "invoke setup --gui" in caught.value.fix
+    with pytest.raises(UsageError, match="no environment of the profile 'latest'") as caught:
         serve.serve(bare, serve.ServeOptions(profile="latest"))
-    assert "invoke setup --gui --profile latest" in told.value.fix
+    assert "invoke setup --gui --profile latest" in caught.value.fix
 
 
 def test_without_tkinter_the_command_is_named_and_the_page_starts(
@@ -245,7 +245,7 @@ def test_without_tkinter_the_command_is_named_and_the_page_starts(
     hide = "import sys; sys.modules['_tkinter'] = None\n"
     (site_packages(generation_of(installation).venv) / "no_tkinter.pth").write_text(hide)
     started = Started(installation, tmp_path / "log")
-    started.told()
+    started.answer()
     started.end()
-    wanted = "brew install python-tk@3.11" if machine.on_mac() else "apt install python3-tk"
-    assert wanted in started.said().splitlines()[0]
+    command = "brew install python-tk@3.11" if machine.on_mac() else "apt install python3-tk"
+    assert command in started.output().splitlines()[0]

@@ -14,7 +14,7 @@ from kohya_mps.install.generations import Generation, Manifest, activate
 from kohya_mps.install.inventory import Inventory, site_packages
 from tests.support.installs import make_settings
 
-# Answers on every address with what it was started with, and starts something that outlives it.
+# Answers on every address with its arguments and variables, and starts a process that outlives it.
 PAGE = """
 import argparse, http.server, json, os, subprocess, sys
 import tkinter, tkinter.font
@@ -26,13 +26,13 @@ given, rest = parser.parse_known_args()
 if os.environ.get("PAGE_FAILS"):
     sys.exit("the page has had enough")
 training = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-told = {"environ": dict(os.environ), "rest": rest, "cwd": os.getcwd(), "training": training.pid}
+answer = {"environ": dict(os.environ), "rest": rest, "cwd": os.getcwd(), "training": training.pid}
 
 class Page(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(503 if os.environ.get("PAGE_NEVER_ANSWERS") else 200)
         self.end_headers()
-        self.wfile.write(json.dumps(told).encode())
+        self.wfile.write(json.dumps(answer).encode())
 
 http.server.ThreadingHTTPServer((given.listen, given.server_port), Page).serve_forever()
 """

@@ -72,7 +72,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_the_report_needs_nothing_but_itself(here: Settings, run: Run) -> None:
+def test_the_report_needs_no_other_file(here: Settings, run: Run) -> None:
     text = html_report.html(here, run)
 
     tags = Tags(text)
@@ -82,7 +82,7 @@ def test_the_report_needs_nothing_but_itself(here: Settings, run: Run) -> None:
     assert "@import" not in text
 
 
-def test_it_has_the_curves_and_every_sample_in_its_place(here: Settings, run: Run) -> None:
+def test_it_has_the_curves_and_every_sample_in_its_column(here: Settings, run: Run) -> None:
     text = html_report.html(here, run)
 
     tags = Tags(text)
@@ -238,7 +238,7 @@ def test_settings_versions_and_digests_are_in_it(here: Settings, run: Run) -> No
     assert digest in text
 
 
-def test_resumptions_are_named(here: Settings, run: Run) -> None:
+def test_the_steps_that_a_run_was_resumed_after_are_shown(here: Settings, run: Run) -> None:
     again = Resumption("2026-01-02T04:00:00+00:00", 20, "validated-1")
     run.save(msgspec.structs.replace(run.record(), resumed=(again,)))
 

@@ -26,7 +26,7 @@ def steps(run: Run, *lines: str) -> list[Step]:
     return run.steps()
 
 
-def test_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_line_is_read_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     tail = Tail(path)
     assert tail.lines() == []
@@ -38,7 +38,7 @@ def test_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
     assert tail.lines() == [b"two", b"three"]
 
 
-def test_the_pace_forgets_a_pause_between_two_parts_of_a_run(run: Run) -> None:
+def test_a_pause_before_a_resumption_does_not_change_the_pace(run: Run) -> None:
     lines = [step_line(n) for n in range(1, 10)] + [step_line(n, seconds=300) for n in range(10, 11)]
 
     assert live_view.pace(steps(run, *lines)) == pytest.approx(0.5)
@@ -60,7 +60,7 @@ def test_the_time_left_has_room_for_as_many_samples_as_there_were(run: Run) -> N
     assert view.left() == pytest.approx(20 * (0.5 + 0.9), rel=1e-6)
 
 
-def test_a_night_before_a_resumption_counts_neither_as_done_nor_as_left(run: Run) -> None:
+def test_a_night_before_a_resumption_counts_neither_as_elapsed_nor_as_left(run: Run) -> None:
     night = [step_line(n, seconds=0.5 + 40_000 / n) for n in range(11, 21)]
     run.save(
         msgspec.structs.replace(run.record(), resumed=(Resumption("2026-01-02T14:00:00+00:00", 10, "g"),))
@@ -78,13 +78,13 @@ def test_the_curve_falls_when_the_loss_falls(run: Run) -> None:
     assert curve[-1] == "▁"
 
 
-def test_without_a_terminal_there_are_plain_lines_and_the_last_step_is_told(
+def test_without_a_terminal_there_are_plain_lines_and_the_last_step_is_printed(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps(run, *[step_line(n) for n in range(1, 41)])
-    looks = iter([True, True, False])
+    running = iter([True, True, False])
 
-    live_view.show(run, lambda: next(looks))
+    live_view.show(run, lambda: next(running))
 
     err = capsys.readouterr().err
     assert "training 40 steps on cpu" in err
@@ -106,7 +106,7 @@ def test_the_live_view_shows_where_the_training_is(run: Run) -> None:
     console.file.close()
 
 
-def test_before_the_first_step_the_trainers_last_words_are_shown(run: Run) -> None:
+def test_before_the_first_step_the_trainers_last_line_is_shown(run: Run) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
 
     console.print(live_view.panel(View(run, last_line="caching latents.")))
@@ -115,7 +115,7 @@ def test_before_the_first_step_the_trainers_last_words_are_shown(run: Run) -> No
     console.file.close()
 
 
-def test_the_whole_log_is_passed_on_without_redraws(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_log_is_printed_without_redraws(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.log.write_bytes(b"loading\nsteps: 1%\rsteps: 2%\rsteps: 3%\nsaved\n")
 
     live_view.show(run, lambda: False, whole_log=True)

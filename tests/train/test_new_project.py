@@ -1,4 +1,4 @@
-"""``invoke new``: a project that can be trained as it is written, and originals that nobody touched."""
+"""``invoke new``: a project that can be trained as it is written, and originals that do not change."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def generation(here: Settings) -> Generation:
 
 def make(
     here: Settings,
-    place: Path,
+    project: Path,
     *,
     family: str = "sd15",
     preset: str = "sd15-lora",
@@ -86,29 +86,29 @@ def make(
     """A project with the small model's pictures and settings that fit it."""
     generation = setup.installed(Installation(here.home))
     model = training_step.prepare_model(generation, Installation(here.home).verification, family, "small")
-    images = place.parent / f"pictures of {place.name}" / "2_shapes"
+    images = project.parent / f"pictures of {project.name}" / "2_shapes"
     shutil.copytree(model / "images" / "2_shapes", images)
     for path in set(images.iterdir()) - set(images.glob(only)):
         path.unlink()
     report = new_project.create(
-        here, new_project.NewProjectOptions(place, images.parent, str(model / "model"), preset)
+        here, new_project.NewProjectOptions(project, images.parent, str(model / "model"), preset)
     )
     assert report.ok, report.checks
-    file = place / "train.toml"
+    file = project / "train.toml"
     lines = file.read_text()
     for name, value in {**SMALL, "tokenizer_cache_dir": str(model / "tokenizers"), **changed}.items():
         line = f"{name} = {json.dumps(value)}"
         lines, there = re.subn(rf"^{name} = .*$", line, lines, flags=re.MULTILINE)
         lines += "" if there else f"{line}\n"
     file.write_text(lines)
-    prompts = place / "prompts.txt"
+    prompts = project / "prompts.txt"
     prompts.write_text(re.sub(r"--w \d+ --h \d+ --s \d+", "--w 64 --h 64 --s 4", prompts.read_text()))
-    return place
+    return project
 
 
-def killed_after(here: Settings, place: Path, steps: int) -> Run:
+def killed_after(here: Settings, project: Path, steps: int) -> Run:
     """A run whose trainer was killed, without a warning, when it had made so many steps."""
-    started = start.train(here, place, TrainOptions(detach=True))
+    started = start.train(here, project, TrainOptions(detach=True))
     run = Run(Path(started.extra["run"]))
     deadline = time.monotonic() + 300
     while len(run.steps()) < steps:
@@ -153,16 +153,16 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_not(
     ]
 
 
-def test_being_watched_changes_no_loss(here: Settings, generation: Generation, tmp_path: Path) -> None:
-    place = make(here, tmp_path / "cat")
-    watched = start.train(here, place, TrainOptions())
-    bare = runs.new(place / "train.toml")
-    shutil.copyfile(place / "train.toml", bare.settings)
-    planned = start.plan(Installation(here.home), place / "train.toml", place)
+def test_the_wrapper_changes_no_loss(here: Settings, generation: Generation, tmp_path: Path) -> None:
+    project = make(here, tmp_path / "cat")
+    watched = start.train(here, project, TrainOptions())
+    bare = runs.new(project / "train.toml")
+    shutil.copyfile(project / "train.toml", bare.settings)
+    planned = start.plan(Installation(here.home), project / "train.toml", project)
     scripts = [str(PROBES / "small_trainer.py"), str(planned.trainer)]
     command = accelerate_launch.argv(generation, *scripts, *start.trainer_arguments(planned, bare))
     subprocess.run(
-        command, env=accelerate_launch.environ(generation), cwd=place, check=True, capture_output=True
+        command, env=accelerate_launch.environ(generation), cwd=project, check=True, capture_output=True
     )
 
     lora = str(bare.output / "cat.safetensors")
@@ -175,12 +175,12 @@ def test_being_watched_changes_no_loss(here: Settings, generation: Generation, t
 
 
 def test_a_stopped_run_saves_its_state_and_goes_on(here: Settings, tmp_path: Path) -> None:
-    place = make(here, tmp_path / "cat", save_every_n_steps=1000, max_train_steps=200)
-    run = Run(Path(start.train(here, place, TrainOptions(detach=True)).extra["run"]))
+    project = make(here, tmp_path / "cat", save_every_n_steps=1000, max_train_steps=200)
+    run = Run(Path(start.train(here, project, TrainOptions(detach=True)).extra["run"]))
     while len(run.steps()) < 5:
         time.sleep(0.05)
 
-    stopped = follow.stop(place)
+    stopped = follow.stop(project)
 
     assert stopped.extra["state"] is State.STOPPED
     assert runs.resumable(run).step == stopped.extra["steps"]
@@ -189,21 +189,23 @@ def test_a_stopped_run_saves_its_state_and_goes_on(here: Settings, tmp_path: Pat
 @pytest.mark.parametrize("preset", ["sd15-lora", "sd15-locon", "sdxl-lora"])
 def test_a_trained_lora_changes_what_diffusers_draws(here: Settings, tmp_path: Path, preset: str) -> None:
     family = new_project.presets()[preset].family
-    place = make(here, tmp_path / "cat", family=family, preset=preset, max_train_steps=10)
-    assert start.train(here, place, TrainOptions()).ok
+    project = make(here, tmp_path / "cat", family=family, preset=preset, max_train_steps=10)
+    assert start.train(here, project, TrainOptions()).ok
 
-    report = compare_lora.test(here, place)
+    report = compare_lora.test(here, project)
 
     assert report.ok, report.checks
-    text = runs.find(place).report.read_text()
+    text = runs.find(project).report.read_text()
     assert "with the LoRA" in text
 
 
 def test_the_curve_falls_on_two_pictures(here: Settings, tmp_path: Path) -> None:
     rates: dict[str, Any] = dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"), 5e-3)
-    place = make(here, tmp_path / "two", only="[01].*", max_train_steps=200, save_every_n_steps=100, **rates)
+    project = make(
+        here, tmp_path / "two", only="[01].*", max_train_steps=200, save_every_n_steps=100, **rates
+    )
 
-    report = start.train(here, place, TrainOptions())
+    report = start.train(here, project, TrainOptions())
 
     losses = report.extra["losses"]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
@@ -213,34 +215,38 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved_from_it
     here: Settings, generation: Generation, tmp_path: Path
 ) -> None:
     rates: dict[str, Any] = dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"), 1e18)
-    place = make(here, tmp_path / "cat", save_every_n_steps=1, sample_every_n_steps=100, **rates)
+    project = make(here, tmp_path / "cat", save_every_n_steps=1, sample_every_n_steps=100, **rates)
 
     # Preflight would not let such a rate pass.
-    report = start.train(here, place, TrainOptions(preflight=False))
+    report = start.train(here, project, TrainOptions(preflight=False))
 
     failed = {check.name: check.detail for check in report.checks if check.status is Status.FAIL}
     assert "nothing was saved from it" in failed["not finite"]
-    assert runs.find(place).steps()[-1].step == len(list(runs.find(place).output.glob("*-step*.safetensors")))
+    assert runs.find(project).steps()[-1].step == len(
+        list(runs.find(project).output.glob("*-step*.safetensors"))
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk needs the right to mount one")
 def test_a_full_disk_damages_no_checkpoint(here: Settings, generation: Generation, tmp_path: Path) -> None:
-    place = make(
+    project = make(
         here, tmp_path / "cat", save_every_n_steps=2, save_last_n_steps_state=1000, max_train_steps=200
     )
-    (place / "runs").mkdir()
-    # Room for a few checkpoints besides what the watch leaves free.
+    (project / "runs").mkdir()
+    # Room for a few checkpoints, and for what the trainer's wrapper leaves free.
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", place / "runs"], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", project / "runs"],
+        check=False,
+        capture_output=True,
     )
     if mounted.returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        report = start.train(here, place, TrainOptions())
+        report = start.train(here, project, TrainOptions())
 
         failed = {check.name: check for check in report.checks if check.status is Status.FAIL}
         assert "MB left" in failed["disk"].detail
-        run = runs.find(place)
+        run = runs.find(project)
         assert not list(run.output.glob(".*"))
         for lora in run.output.glob("*.safetensors"):
             accelerate_launch.probe(
@@ -248,18 +254,18 @@ def test_a_full_disk_damages_no_checkpoint(here: Settings, generation: Generatio
             )
         assert runs.resumable(run).step > 0
     finally:
-        subprocess.run(["umount", place / "runs"], check=True)
+        subprocess.run(["umount", project / "runs"], check=True)
 
 
 def test_two_processes_train_together(here: Settings, generation: Generation, tmp_path: Path) -> None:
-    place = make(here, tmp_path / "cat", max_train_steps=8, save_every_n_steps=4, sample_every_n_steps=4)
+    project = make(here, tmp_path / "cat", max_train_steps=8, save_every_n_steps=4, sample_every_n_steps=4)
     accelerate_config.configure_distributed(here, generation, ProcessLayout(processes=2))
     try:
-        report = start.train(here, place, TrainOptions())
+        report = start.train(here, project, TrainOptions())
     finally:
         accelerate_config.configure_distributed(here, generation, ProcessLayout())
 
-    run = runs.find(place)
+    run = runs.find(project)
     assert report.ok, report.checks
     begun = run.begun()
     assert begun is not None
@@ -269,7 +275,7 @@ def test_two_processes_train_together(here: Settings, generation: Generation, tm
     assert len(list(run.output.glob("*.safetensors"))) == 3
     # The random states of both processes are in the state.
     assert len(list((run.output / "cat-step00000008-state").glob("watched_*.pt"))) == 2
-    # The loss told is the mean of both, TensorBoard's is the first process' own.
+    # The loss in the steps is the mean of both, TensorBoard's is that of the first process.
     printed = accelerate_launch.probe(
         generation, PROBES / "inspect_run.py", str(run.tensorboard), str(run.lora()), "lora_up"
     )

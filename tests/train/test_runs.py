@@ -105,14 +105,16 @@ def test_only_a_complete_state_is_resumed_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "said"),
+    ("how", "error", "message"),
     [("finished", UsageError, "is finished"), ("failed", StepFailed, "before it saved a state")],
 )
-def test_what_cannot_be_resumed_says_why(tmp_path: Path, how: str, error: type[Exception], said: str) -> None:
+def test_a_run_that_cannot_be_resumed_is_refused_with_the_reason(
+    tmp_path: Path, how: str, error: type[Exception], message: str
+) -> None:
     run = made(tmp_path, process=killed_process())
     run.ended_file.write_text(json.dumps({"how": how, "step": 3, "error": ""}))
 
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         runs.resumable(run)
 
 

@@ -24,7 +24,7 @@ from tests.support.training_runs import made_by_0_1_0
 from tests.support.world import World
 
 
-def test_a_training_keeps_everything_of_it_in_its_run(installation: Settings, world: World) -> None:
+def test_all_files_of_a_training_are_in_its_run(installation: Settings, world: World) -> None:
     stand_in(installation)
 
     report = start.train(installation, world.toml(), TrainOptions())
@@ -58,17 +58,17 @@ def test_the_base_model_decides_which_trainer_it_is(installation: Settings, worl
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"network_module": None}, "network_module is not set"),
         ({"pretrained_model_name_or_path": "/nowhere/model.safetensors"}, "does not exist"),
         ({"pretrained_model_name_or_path": None}, "pretrained_model_name_or_path is not set"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_and_no_run_made(
-    installation: Settings, world: World, changed: dict[str, Any], said: str
+def test_settings_that_cannot_be_trained_with_are_refused_and_no_run_is_made(
+    installation: Settings, world: World, changed: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         start.train(installation, world.toml(**changed), TrainOptions())
 
     assert not (world.root / "runs").exists()
@@ -81,7 +81,7 @@ def test_flux_is_refused(installation: Settings, world: World) -> None:
         start.train(installation, world.toml(), TrainOptions())
 
 
-def test_without_the_trainer_it_says_what_brings_it(installation: Settings, world: World) -> None:
+def test_without_a_checkout_the_command_that_brings_it_is_named(installation: Settings, world: World) -> None:
     (Installation(installation.home).sd_scripts / "train_network.py").unlink()
 
     with pytest.raises(UsageError, match=r"no checkout[^$]*invoke clone"):
@@ -96,7 +96,7 @@ def test_what_is_known_to_fail_is_not_started(installation: Settings, world: Wor
     assert not (world.root / "runs").exists()
 
 
-def test_without_preflight_it_is_started_all_the_same(installation: Settings, world: World) -> None:
+def test_without_preflight_it_is_started_anyway(installation: Settings, world: World) -> None:
     stand_in(installation)
 
     assert start.train(installation, world.toml(xformers=True, sdpa=False), TrainOptions(preflight=False)).ok
@@ -111,18 +111,18 @@ def test_warnings_are_printed_and_do_not_stop(
     assert "caption_extension is .caption" in capfd.readouterr().err
 
 
-def test_paths_are_meant_from_the_settings_or_from_where_the_user_stands(
+def test_paths_are_relative_to_the_settings_or_to_the_working_directory(
     installation: Settings, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(installation)
-    apart = tmp_path / "apart"
-    apart.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     file = world.toml(train_data_dir="data", output_dir="out")
-    monkeypatch.chdir(apart)
+    monkeypatch.chdir(elsewhere)
     start.train(installation, file, TrainOptions())
     assert received(runs.find(file))[1] == str(world.root)
 
-    moved = file.rename(apart / "train.toml")
+    moved = file.rename(elsewhere / "train.toml")
     monkeypatch.chdir(world.root)
     start.train(installation, moved, TrainOptions())
     assert received(runs.find(moved))[1] == str(world.root)
@@ -143,7 +143,7 @@ def test_a_killed_training_is_resumed_from_its_last_state(installation: Settings
     assert len(list((world.root / "runs").iterdir())) == 1
 
 
-def test_a_resumed_run_goes_on_with_the_settings_that_it_began_with(
+def test_a_resumed_run_continues_with_the_settings_that_it_began_with(
     installation: Settings, world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(installation, DIE)
@@ -167,7 +167,7 @@ def test_several_processes_use_the_configuration_of_the_home(installation: Setti
     assert words[words.index("--config_file") + 1] == str(Installation(installation.home).distributed_config)
 
 
-def test_only_a_small_model_is_trained_by_way_of_the_shrinking_script(
+def test_only_a_small_model_is_trained_through_the_shrinking_script(
     installation: Settings, world: World
 ) -> None:
     stand_in(installation)
