@@ -64,6 +64,14 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "report", "--fail-under", "85")
 
 
+@nox.session(default=False)
+def mutants(session: nox.Session) -> None:
+    """Plant faults in the modules that decide, and see that a test notices each [-- --json]."""
+    session.install(*DEV)
+    session.run("python", "-m", "devtools.mutants.plant", silent=True)
+    session.run("python", "-m", "devtools.mutants.survivors", *session.posargs)
+
+
 @nox.session(venv_backend="none", default=False)
 def venv(session: nox.Session) -> None:
     """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
