@@ -2,7 +2,7 @@
 
 usage: builtin_step.py MODEL IMAGES OUT ALGORITHM OPTIMIZER STEPS
 
-Logs and saves what sd-scripts does, under the same names, so that both are judged alike.
+It logs and saves what sd-scripts does, under the same names, so that the same checks apply.
 """
 
 import sys
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def samples(images: Path) -> Iterator[tuple[torch.Tensor, str]]:
-    """Pictures as (1, 3, height, width) in -1..1, with their captions, over and over."""
+    """Pictures of shape (1, 3, height, width) in -1..1 with their captions, repeated without end."""
     files = sorted(images.rglob("*.png"))
     while True:
         for file in files:
@@ -43,7 +43,7 @@ def main() -> None:
     algorithm, optimizer_name, steps = sys.argv[4], sys.argv[5], int(sys.argv[6])
     if optimizer_name not in OPTIMIZERS:
         raise SystemExit(
-            f"the built-in step knows the optimizers {', '.join(OPTIMIZERS)}, not {optimizer_name}"
+            f"the built-in step has the optimizers {', '.join(OPTIMIZERS)}, not {optimizer_name}"
         )
     accelerator = Accelerator(log_with="tensorboard", project_dir=str(Path(out) / "logs"))
     print("accelerator device:", accelerator.device)

@@ -1,4 +1,4 @@
-"""Read what a training left behind: its losses and its saved LoRA. Does not import torch.
+"""Read the losses and the saved LoRA of a training, without torch.
 
 usage: inspect_run.py LOGS LORA STARTS_AT_ZERO
 
@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 
 def losses(directory: str) -> tuple[list[float], float | None]:
-    """Each step's loss, and the median of the seconds between steps.
+    """Each step's loss, and the median of the seconds between two steps.
 
-    The first step's warm-up does not count, and a step that also saved is no measure.
+    The times are between steps, so that the first one's warm-up does not count. The median
+    ignores a step that also saved. It is None for a single step.
     """
     logs = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(directory)
     logs.Reload()

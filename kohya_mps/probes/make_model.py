@@ -1,16 +1,16 @@
-"""Make what a training step trains on: a random model, its tokenizers and captioned images.
+"""Make a random model, its tokenizers and captioned images for the training step.
 
 usage: make_model.py OUT FAMILY SIZE
 
-FAMILY is sd15 or sdxl, SIZE small or full (sd15 only). Everything is seeded, so that a
-machine makes the same files each time:
+FAMILY is sd15 or sdxl, SIZE is small or full (sd15 only). Everything is seeded: a machine
+makes the same files each time.
 
     OUT/model/       diffusers layout; the full sd15 has Stable Diffusion 1.5's own shapes
     OUT/tokenizers/  byte-level CLIP tokenizers, named as sd-scripts' tokenizer cache names them
     OUT/images/      2_shapes/ with four 64 x 64 pictures and their captions
 
-A small model's folder holds the file ``made-small``: kohya_mps/train/start.py sees by it that the
-trainer has to be told the shrunk sizes (small_trainer.py).
+A small model's folder has the file ``made-small``. By it kohya_mps/train/start.py knows that the
+trainer has to be started through small_trainer.py.
 """
 
 import json
@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 # sd-scripts' tokenizer cache: the hub's name with its slash replaced (library/strategy_base.py).
 TOKENIZERS = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
 IMAGE_SIZE = 64
-# What Stable Diffusion's noise schedule is in both families.
+# Stable Diffusion's noise schedule, in both families.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -53,7 +53,7 @@ def make_tokenizer(directory: Path) -> CLIPTokenizer:
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int, inner: int) -> CLIPTextConfig:
-    """A CLIP text encoder that knows the byte-level vocabulary."""
+    """The configuration of a CLIP text encoder for the byte-level vocabulary."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,

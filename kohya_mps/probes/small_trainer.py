@@ -2,8 +2,9 @@
 
 usage: small_trainer.py TRAINER.py [TRAINER OPTIONS]
 
-sd-scripts builds the UNet from constants of its own and not from the model's files. They
-are set to the small model's widths before the trainer starts; nothing else is touched.
+sd-scripts builds the UNet from constants in its own modules, not from the model's files.
+These constants are set to the small model's widths before the trainer starts. Nothing else
+is changed.
 """
 
 import importlib
@@ -17,12 +18,14 @@ SDXL = {"MODEL_CHANNELS": 32, "TIME_EMBED_DIM": 128}
 
 
 def shrink() -> None:
-    """Set the constants of both UNets; the trainer's folder has to be importable."""
+    """Set the constants of both UNets; the trainer's folder has to be on ``sys.path``."""
     for name, constants in (("original_unet", SD15), ("sdxl_original_unet", SDXL)):
         module = importlib.import_module(f"library.{name}")
         for constant, value in constants.items():
             if not hasattr(module, constant):
-                raise SystemExit(f"library/{name}.py has no {constant}: this sd-scripts is not known here")
+                raise SystemExit(
+                    f"library/{name}.py has no {constant}: this version of sd-scripts is not supported"
+                )
             setattr(module, constant, value)
 
 

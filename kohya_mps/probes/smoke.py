@@ -1,8 +1,8 @@
-"""The smoke checks that need the trainer's interpreter, all in one start of torch.
+"""The smoke checks that need the trainer's interpreter, in one process that imports torch once.
 
 usage (through accelerate launch): smoke.py REQUEST RESULT
 
-REQUEST names a JSON file with what is expected, RESULT the JSON file to write: a list of
+REQUEST is a JSON file with the expected values. RESULT is the JSON file to write: a list of
 checks with the fields name, good, detail and fix.
 """
 
@@ -26,38 +26,38 @@ Found = tuple[bool, str]
 
 
 def interpreter(request: dict[str, Any]) -> Found:
-    """Native to the machine, and of the version that the lock is for."""
+    """Python is native to the machine, and has the version that the lock is for."""
     machine, version = platform.machine(), platform.python_version()
-    said = f"Python {version}, {machine}"
+    detail = f"Python {version}, {machine}"
     if sys.platform == "darwin":
-        asked = subprocess.run(
+        translated = subprocess.run(
             ["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True, check=False
         )
-        if machine != "arm64" or asked.stdout.strip() == "1":
-            return False, f"{said}, under Rosetta: not native to Apple Silicon"
-    return version.startswith(request["python"] + "."), said
+        if machine != "arm64" or translated.stdout.strip() == "1":
+            return False, f"{detail}, under Rosetta: not native to Apple Silicon"
+    return version.startswith(request["python"] + "."), detail
 
 
 def versions(request: dict[str, Any]) -> Found:
-    """Every distribution at the lock's version, and none besides."""
+    """Every distribution of the lock is installed in its version, and no other one."""
     found = {
         re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower(): distribution.version
         for distribution in importlib.metadata.distributions(
             path=[p for p in sys.path if "site-packages" in p]
         )
     }
-    wanted = request["versions"]
+    locked = request["versions"]
     wrong = [
-        f"{name} {found.get(name, 'missing')} instead of {v}"
-        for name, v in wanted.items()
-        if found.get(name) != v
+        f"{name} {found.get(name, 'missing')} instead of {version}"
+        for name, version in locked.items()
+        if found.get(name) != version
     ]
-    wrong += [f"{name} {found[name]} is not in the lock" for name in sorted(found.keys() - wanted.keys())]
-    return not wrong, "; ".join(wrong[:5]) or f"all {len(wanted)} as locked"
+    wrong += [f"{name} {found[name]} is not in the lock" for name in sorted(found.keys() - locked.keys())]
+    return not wrong, "; ".join(wrong[:5]) or f"all {len(locked)} as locked"
 
 
 def forbidden(request: dict[str, Any]) -> Found:
-    """Nothing that needs CUDA where there is none."""
+    """No forbidden distribution is installed, such as one that needs CUDA on a Mac."""
     present = []
     for name in request["forbidden"]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -75,16 +75,16 @@ def isolation(request: dict[str, Any]) -> Found:
     leaks += [f"{name} is set" for name in ("PYTHONPATH", "PYTHONHOME") if os.environ.get(name)]
     inside = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, Path(__file__).parent)]
     for entry in sys.path:
-        place = Path(entry).resolve()
-        if not any(place.is_relative_to(root) for root in inside):
+        path = Path(entry).resolve()
+        if not any(path.is_relative_to(root) for root in inside):
             leaks.append(f"sys.path has {entry}")
-        elif "site-packages" in place.parts and not place.is_relative_to(inside[0]):
+        elif "site-packages" in path.parts and not path.is_relative_to(inside[0]):
             leaks.append(f"sys.path has another Python's packages: {entry}")
     return not leaks, "; ".join(leaks) or sys.prefix
 
 
 def device(request: dict[str, Any]) -> Found:
-    """The device that torch itself finds."""
+    """Torch finds the expected device."""
     import torch
 
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -94,7 +94,7 @@ def device(request: dict[str, Any]) -> Found:
 
 
 def accelerator(request: dict[str, Any]) -> Found:
-    """The device that the trainer will get: accelerate's, under our configuration."""
+    """Accelerate gives the trainer the expected device and precision, under our configuration."""
     from accelerate import Accelerator
 
     made = Accelerator()
@@ -104,37 +104,37 @@ def accelerator(request: dict[str, Any]) -> Found:
 
 
 def training(request: dict[str, Any]) -> Found:
-    """Forward, backward and one optimizer step agree with the same on the CPU.
+    """Forward, backward and one optimizer step give the same result as on the CPU.
 
-    The tolerance, 1e-3 relative to the largest weight, is ten times what float32 kernels of
-    different devices differ by in a step this small.
+    The tolerance is 1e-3 relative to the largest weight. That is ten times the difference
+    between float32 kernels of different devices in a step this small.
     """
     import torch
 
-    def step(where: str) -> torch.Tensor:
+    def step(device: str) -> torch.Tensor:
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU(),
             torch.nn.Flatten(), torch.nn.Linear(8 * 8 * 8, 16),
         )  # fmt: skip
-        pictures, wanted = torch.randn(2, 4, 8, 8), torch.randn(2, 16)
-        model.to(where)
+        pictures, target = torch.randn(2, 4, 8, 8), torch.randn(2, 16)
+        model.to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        loss = torch.nn.functional.mse_loss(model(pictures.to(where)), wanted.to(where))
+        loss = torch.nn.functional.mse_loss(model(pictures.to(device)), target.to(device))
         loss.backward()
         optimizer.step()
         return torch.cat(
             [loss.detach().reshape(1).cpu(), *(p.detach().cpu().flatten() for p in model.parameters())]
         )
 
-    here, reference = step(request["device"]), step("cpu")
-    apart = float((here - reference).abs().max() / reference.abs().max())
-    good = bool(torch.isfinite(here).all()) and apart < 1e-3
-    return good, f"one step on {request['device']} differs from the CPU by {apart:.1e} relative"
+    result, reference = step(request["device"]), step("cpu")
+    difference = float((result - reference).abs().max() / reference.abs().max())
+    good = bool(torch.isfinite(result).all()) and difference < 1e-3
+    return good, f"one step on {request['device']} differs from the CPU by {difference:.1e} relative"
 
 
 def imports(request: dict[str, Any]) -> Found:
-    """Every module that the trainers import."""
+    """Every module that the trainers import can be imported."""
     failed = []
     for name in request["modules"]:
         try:
@@ -145,13 +145,13 @@ def imports(request: dict[str, Any]) -> Found:
 
 
 def accelerate_env(request: dict[str, Any]) -> Found:
-    """What ``accelerate env`` says of the configuration."""
+    """``accelerate env`` shows that the configuration does not force the CPU."""
     from accelerate.commands.env import env_command
 
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         env_command(argparse.Namespace(config_file=request["config_file"]))
-    lines = [line.strip("\t -") for line in said.getvalue().splitlines() if "use_cpu" in line]
-    return lines == ["use_cpu: False"], lines[0] if lines else "says nothing of use_cpu"
+    lines = [line.strip("\t -") for line in printed.getvalue().splitlines() if "use_cpu" in line]
+    return lines == ["use_cpu: False"], lines[0] if lines else "does not show use_cpu"
 
 
 CHECKS: tuple[tuple[str, Callable[[dict[str, Any]], Found], str], ...] = (
