@@ -20,10 +20,6 @@ PACKAGES = ("kohya_mps", "devtools")
 # Modules with logic and without a test file of their own, and why.
 NO_TEST_FILE = {
     "devtools/editable_only.py": "hatchling, which runs it, is not in the lock; test_packaging.py runs uv",
-    # still to be written
-    "devtools/rehearsal/binary.py": "to be written",
-    "devtools/rehearsal/native_functions.py": "to be written",
-    "devtools/rehearsal/wheel.py": "to be written",
 }
 
 # Scripts that run under the trainer's interpreter: one file of tests for the folder.

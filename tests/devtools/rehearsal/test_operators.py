@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools.rehearsal import operators, wheel
+from devtools.rehearsal import operators
 from devtools.rehearsal.operators import Operators, Served
 from devtools.rehearsal.texts import Text
 from kohya_mps.core import settings
@@ -75,21 +75,6 @@ def test_a_data_file_reads_back_as_it_was_written(tmp_path: Path, monkeypatch: p
     assert operators.known() == ["9.9.0"]
 
 
-def test_what_is_registered_from_python_is_found_under_any_import(tmp_path: Path) -> None:
-    source = tmp_path / "__init__.py"
-    source.write_text(
-        "def _init():\n"
-        "    from ..._refs import group as _group\n"
-        "    from torch._decomp import backward\n"
-        "    library = Library('aten', 'IMPL')\n"
-        "    library.impl('group', _group, 'MPS')\n"
-        "    library.impl('backward', backward, 'MPS')\n"
-        "    library.impl('elsewhere', backward, 'CUDA')\n"
-    )
-
-    assert wheel.from_python(source) == {"group": "torch._refs:group", "backward": "torch._decomp:backward"}
-
-
 def test_nothing_else_needs_the_rehearsals() -> None:
     """Everything that people type still loads where the contributors' tools have been removed."""
     modules = (settings.ROOT / "kohya_mps").glob("[!p]*/*.py")
@@ -105,16 +90,3 @@ def test_nothing_else_needs_the_rehearsals() -> None:
 
     assert done.returncode == 0, done.stderr
     assert "kohya_mps.core.settings" in names
-
-
-@pytest.mark.environment
-@pytest.mark.parametrize("profile", settings.profile_names())
-def test_the_data_is_what_the_locked_wheel_and_its_library_say(profile: str, tmp_path: Path) -> None:
-    """Downloads the macOS wheel that the lock's digests allow; reads its list and its machine code."""
-    pytest.importorskip("lief", reason="constraints/dev.txt is not installed")
-    wheel.unpack(settings.load_profile(profile), tmp_path)
-
-    found = wheel.read(tmp_path)
-
-    known = operators.load(found.torch)
-    assert operators.dump(found).replace(found.made, "") == operators.dump(known).replace(known.made, "")
