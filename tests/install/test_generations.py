@@ -65,6 +65,18 @@ def test_activating_switches_the_link_and_counts_turns(home: Installation) -> No
     assert names(present(home)) == ["a", "b"]
 
 
+def test_the_latest_is_the_complete_one_that_was_activated_last(home: Installation) -> None:
+    assert generations.latest(home) is None
+    first, second = make(home, "a", "1"), make(home, "b", "2")
+    make(home, "c", "3")
+    assert generations.latest(home) is None, "none was active yet"
+    activate(home, second)
+    activate(home, first)
+    assert generations.latest(home) == first
+    first.manifest_file.unlink()
+    assert generations.latest(home) == second
+
+
 def test_an_interrupted_build_is_never_made_active(home: Installation) -> None:
     good, half = make(home, "a", "1"), make(home, "b")
     activate(home, good)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from kohya_mps.core.report import Check, Report, Status
 from kohya_mps.train import outcome
 from kohya_mps.train.runs import Process, Run, State
+from kohya_mps.trainer_config.trainer_options import TrainerOptions
+from tests.support.failure_cases import CASES
 from tests.support.reports import detail, failed, statuses
 from tests.support.training_runs import begin, end, killed_process, made, save_state, step_line
 from tests.support.world import World
@@ -39,7 +42,9 @@ def test_a_finished_run_is_good_and_has_its_figures(run: Run) -> None:
     report = finished(run)
 
     assert report.ok
-    assert statuses(report).keys() == {"training", "training device", "loss", "pace", "LoRA"}
+    assert statuses(report) == dict.fromkeys(
+        ("training", "training device", "loss", "pace", "LoRA"), Status.PASS
+    )
     assert detail(report, "training") == "finished after step 30 of 30"
     assert detail(report, "loss") == "1.0000 in the first step, averages 1.0000 to 0.0333"
     assert detail(report, "pace") == "0.50 s per step"
@@ -110,6 +115,30 @@ def test_a_known_failure_in_the_log_is_explained(run: Run) -> None:
     found = failed(outcome.summarize(run))
 
     assert "mixed_precision" in found["known failure"].fix
+    assert found["known failure"].detail.startswith(
+        "ValueError: fp16 mixed precision requires a GPU (not 'mps').: accelerate"
+    )
+
+
+def test_the_cause_of_an_error_that_was_raised_while_another_was_handled_is_explained(run: Run) -> None:
+    run.log.write_text(
+        "Traceback (most recent call last):\nValueError: fp16 mixed precision requires a GPU (not 'mps').\n"
+        "During handling of the above exception, another exception occurred:\n"
+        + "Traceback (most recent call last):\n"
+        + "  a line\n" * 200
+        + "KeyError: 'something else'\n"
+    )
+
+    assert "mixed_precision" in failed(outcome.summarize(run))["known failure"].fix
+
+
+def test_at_most_two_known_failures_are_explained(run: Run) -> None:
+    logs = [cases.log.caught for cases in CASES.values() if cases.log][:3]
+    run.log.write_text("Traceback (most recent call last):\n" + "\n".join(logs))
+
+    rows = [check.name for check in outcome.summarize(run).checks]
+
+    assert rows.count("known failure") == 2
 
 
 def test_what_was_printed_before_the_last_error_is_not_its_reason(run: Run) -> None:
@@ -188,10 +217,12 @@ def test_a_failure_that_printed_nothing_says_so(run: Run) -> None:
     assert failed(outcome.summarize(run))["error"].detail == "the trainer printed nothing"
 
 
-def out_of_memory(world: World, **changed: Any) -> str:
+def out_of_memory(world: World, begun: str = "", expected: str = "cpu", **changed: Any) -> str:
     """The remedy after a run with these settings ran out of memory."""
-    run = made(world.root, process=killed_process(), model=str(world.model))
+    run = made(world.root, process=killed_process(), model=str(world.model), expected_device=expected)
     run.settings.write_bytes(world.toml(**changed).read_bytes())
+    if begun:
+        begin(run, device=begun)
     end(run, "failed", 4, "RuntimeError: MPS backend out of memory (…)")
     return failed(outcome.summarize(run))["memory"].fix
 
@@ -224,3 +255,49 @@ def test_a_resolution_is_only_lowered(world: World) -> None:
 
     assert 'resolution = "512,512"' in fix
     assert 'resolution = "768,768"' not in fix
+
+
+def test_the_peaks_are_those_of_the_device_that_the_run_was_on(world: World) -> None:
+    """On MPS attention is not fused; a run that never began was to run on the expected device."""
+    world.model.unlink()  # the family's size counts then; that of the world's model is nothing
+    large = {"resolution": "1024,1024", "train_batch_size": 4, "gradient_checkpointing": False}
+    on_cpu, on_mps = out_of_memory(world, **large), out_of_memory(world, expected="mps", **large)
+
+    assert on_cpu != on_mps
+    assert out_of_memory(world, begun="mps:0", **large) == on_mps
+    assert out_of_memory(world, begun="cpu", expected="mps", **large) == on_cpu
+
+
+def test_a_batch_size_that_a_picture_set_overrides_saves_nothing(world: World) -> None:
+    sets = '[[datasets]]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = "data/10_cat"\n'
+    world.write("sets.toml", sets)
+
+    fix = out_of_memory(world, dataset_config="sets.toml", train_data_dir=None, train_batch_size=4)
+
+    assert "train_batch_size" not in fix
+
+
+def test_each_change_is_what_it_says_with_those_before_it() -> None:
+    training = TrainerOptions(resolution="1024,768", train_batch_size=4)
+    changes = list(outcome._cheaper_settings(training))
+
+    assert [change for change, _ in changes] == [
+        "cache_latents = true",
+        "gradient_checkpointing = true",
+        "train_batch_size = 1",
+        "network_train_unet_only = true",
+        'resolution = "768,768"',
+        'resolution = "512,512"',
+        'resolution = "384,384"',
+    ]
+    said: dict[str, Any] = {}
+    for change, cheaper in changes:
+        said |= tomllib.loads(change)
+        assert {name: getattr(cheaper, name) for name in said} == said
+
+
+@pytest.mark.parametrize(("side", "lower"), [(769, 3), (768, 2), (512, 1), (384, 0)])
+def test_only_smaller_resolutions_are_tried(side: int, lower: int) -> None:
+    training = TrainerOptions(resolution=f"{side},64")
+
+    assert len(list(outcome._cheaper_settings(training))) == 4 + lower

@@ -82,8 +82,9 @@ def test_files_that_other_programs_own_are_left_alone(kind: Kind) -> None:
 def test_a_copy_that_cannot_be_read_is_never_written(kind: Kind, text: str, tmp_path: Path) -> None:
     file, out = ConfigFile(Path("a"), kind, "", {}), tmp_path / "out"
 
-    with pytest.raises(StepFailed, match="cannot be corrected automatically"):
+    with pytest.raises(StepFailed, match="cannot be corrected automatically: a:") as told:
         save(file, Corrected(text, (), ()), out)
+    assert "by hand" in told.value.fix
     assert not out.exists()
 
 
@@ -91,7 +92,7 @@ def test_nothing_is_overwritten_not_even_a_dangling_link(tmp_path: Path) -> None
     file, out = ConfigFile(Path("a"), Kind.TOML, "", {}), tmp_path / "out"
     out.symlink_to(tmp_path / "nowhere")
 
-    with pytest.raises(UsageError, match="is not overwritten"):
-        save(file, Corrected("a = 1\n", (), ()), out)
-    with pytest.raises(UsageError, match="is not a directory"):
-        save(file, Corrected("a = 1\n", (), ()), tmp_path / "none" / "out")
+    for path, message in ((out, "is not overwritten"), (tmp_path / "none" / "out", "is not a directory")):
+        with pytest.raises(UsageError, match=message) as told:
+            save(file, Corrected("a = 1\n", (), ()), path)
+        assert told.value.fix == "give --fix another name"
