@@ -89,14 +89,14 @@ def test_an_acceptance_of_something_else_does_not_count_and_is_named(room: Path,
 
 
 def test_what_linux_alone_installs_is_asked_about_and_what_neither_does_is_not(room: Path) -> None:
-    asked: list[Mapping[str, str]] = []
+    looked_up: list[Mapping[str, str]] = []
 
     def note(versions: Mapping[str, str]) -> tuple[Audited, ...]:
-        asked.append(versions)
+        looked_up.append(versions)
         return ()
 
     run(using=note)
-    assert asked == [{"engine": "1.0", "kernels": "3.0"}]
+    assert looked_up == [{"engine": "1.0", "kernels": "3.0"}]
 
 
 def test_two_versions_of_one_package_are_two_questions(room: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_lock_without_a_vulnerability_passes(room: Path) -> None:
 
 @pytest.fixture
 def auditor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in that is started in pip-audit's place; its answer is written by the test."""
+    """A stand-in that is started instead of pip-audit; its answer is written by the test."""
     script = tmp_path / "auditor"
     monkeypatch.setattr(sys, "executable", str(script))
     return script
@@ -172,16 +172,16 @@ def test_the_real_auditor_says_when_its_service_cannot_be_reached(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("accepted:\n  - {id: x}\n", "missing required field"),
         ("accepted:\n" + entry().replace("2027-01-31", "later"), "until"),
         ("accepted: []\nextra: 1\n", "unknown field"),
     ],
 )
-def test_a_wrong_list_of_acceptances_is_refused(room: Path, text: str, said: str) -> None:
+def test_a_wrong_list_of_acceptances_is_refused(room: Path, text: str, message: str) -> None:
     (room / "audit.yaml").write_text(text)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         run()
 
 

@@ -93,7 +93,7 @@ def test_an_unhashed_line_is_refused_by_its_number(constraints: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("# for Python 3.11", "# for Python 3.12", "made for Python 3.12"),
         ("#   plain==1.1\n", "#   plain==1.0\n", "edited"),
@@ -101,11 +101,11 @@ def test_an_unhashed_line_is_refused_by_its_number(constraints: Path) -> None:
         ("nox -s lock -- train", "nox -s lock -- dev", "another header"),
     ],
 )
-def test_a_header_of_another_make_is_refused(constraints: Path, old: str, new: str, said: str) -> None:
+def test_a_header_of_another_make_is_refused(constraints: Path, old: str, new: str, message: str) -> None:
     write_in_file(constraints, "plain==1.1")
     make.make("train")
     edit(constraints, old, new)
-    assert any(said in found for found in failures())
+    assert any(message in found for found in failures())
 
 
 def test_a_forbidden_package_in_a_lock_is_refused_with_its_chain(constraints: Path) -> None:

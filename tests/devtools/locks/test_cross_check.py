@@ -28,9 +28,9 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def lock(room: Path, *wheels: Path, asks: tuple[str, ...] = ()) -> lockfile.Lock:
-    """A lock of these wheels, asked for by name unless ``asks`` says otherwise."""
-    named = asks or tuple(path.name.split("-")[0] for path in wheels)
+def lock(room: Path, *wheels: Path, required: tuple[str, ...] = ()) -> lockfile.Lock:
+    """A lock of these wheels; its ``.in`` file has ``required``, or names them all."""
+    named = required or tuple(path.name.split("-")[0] for path in wheels)
     (room / "constraints" / "native.in").write_text("".join(f"{name}\n" for name in named))
     path = room / "constraints" / "native.txt"
     path.write_text("".join(pin(wheel) for wheel in wheels))
@@ -41,8 +41,8 @@ def library(room: Path, name: str, files: dict[str, bytes], *requires: str, tag:
     return wheel(room / "wheels", name, "1.0", tag=tag, files=files, requires=requires)
 
 
-def found(room: Path, *wheels: Path, asks: tuple[str, ...] = ()) -> cross_check.Found:
-    made = lock(room, *wheels, asks=asks)
+def found(room: Path, *wheels: Path, required: tuple[str, ...] = ()) -> cross_check.Found:
+    made = lock(room, *wheels, required=required)
     _, tree = cross_check.install_lowest(made, Path(tempfile.mkdtemp(dir=room)))
     return cross_check.examine(tree, made)
 
@@ -63,7 +63,7 @@ def test_a_good_tree_passes_and_counts_where_its_libraries_are(room: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (native(cpu=X86_64), "no arm64 slice, only x86_64"),
         (native(subtype=2), "no arm64 slice"),
@@ -74,10 +74,10 @@ def test_a_good_tree_passes_and_counts_where_its_libraries_are(room: Path) -> No
     ],
     ids=["intel", "arm64e", "linux", "empty", "ios", "no version"],
 )
-def test_a_library_that_a_mac_cannot_load_is_named(room: Path, content: bytes, said: str) -> None:
+def test_a_library_that_a_mac_cannot_load_is_named(room: Path, content: bytes, message: str) -> None:
     (problem,) = found(room, library(room, "core", {"core/_c.so": content})).unloadable
     assert problem.startswith("core/_c.so")
-    assert said in problem
+    assert message in problem
 
 
 def test_a_mach_o_file_is_found_whatever_its_name(room: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_lowest_macos_is_the_first_with_wheels_for_it(room: Path, with_sourc
 
 
 @pytest.mark.parametrize(
-    ("tag", "minos", "says", "good", "said"),
+    ("tag", "minos", "says", "good", "message"),
     [
         ("11_0", (11, 0), "11.0", True, "11.0 (its wheels are tagged for it, core/_c.so states it)"),
         # The wheel says 11.0 and installs there; the library in it does not load there.
@@ -149,7 +149,7 @@ def test_the_profile_has_to_say_the_macos_that_is_measured(
     minos: tuple[int, int],
     says: str,
     good: bool,
-    said: str,
+    message: str,
 ) -> None:
     profile = msgspec.structs.replace(settings.load_profile("validated"), lock="native", macos=says)
     monkeypatch.setattr(settings, "profile_names", lambda: ["validated"])
@@ -159,7 +159,7 @@ def test_the_profile_has_to_say_the_macos_that_is_measured(
     macos, tree = cross_check.install_lowest(made, room / "trees")
     check = cross_check.lowest_macos(cross_check.Proof("native", macos, cross_check.examine(tree, made)))
     assert (check.status is Status.PASS) is good
-    assert said in check.detail
+    assert message in check.detail
 
 
 def test_the_macos_that_torchs_mps_backend_asks_for_counts_too(room: Path) -> None:
@@ -181,24 +181,24 @@ def test_requirements_are_met_for_a_mac_and_not_for_this_machine(room: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("requires", "asks", "said"),
+    ("requires", "required", "message"),
     [
         ((), ("core", "gone"), "the .in needs gone, which is missing"),
         (("other>=3; extra == 'more'",), ("core[more]", "other"), "core needs other>=3, which is 2.0"),
     ],
 )
 def test_a_need_that_is_not_met_is_named(
-    room: Path, requires: tuple[str, ...], asks: tuple[str, ...], said: str
+    room: Path, requires: tuple[str, ...], required: tuple[str, ...], message: str
 ) -> None:
     core = library(room, "core", {}, *requires, tag="py3-none-any")
-    assert found(room, core, wheel(room / "wheels", "other", "2.0"), asks=asks).unmet == (said,)
+    assert found(room, core, wheel(room / "wheels", "other", "2.0"), required=required).unmet == (message,)
 
 
 def test_an_override_is_what_has_to_be_met(room: Path) -> None:
     core = library(room, "core", {}, "other<2", tag="py3-none-any")
     other = wheel(room / "wheels", "other", "2.0")
     assert found(room, core, other).unmet == ("core needs other<2, which is 2.0",)
-    assert found(room, core, other, asks=("core", "# override: other>=2")).unmet == ()
+    assert found(room, core, other, required=("core", "# override: other>=2")).unmet == ()
 
 
 def test_a_distribution_for_another_python_is_named(room: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_distribution_for_another_python_is_named(room: Path) -> None:
     text = data.read_text().replace(
         "Version: 1.0", "Version: 1.0\nRequires-Python: >=3.12\nRequires-Dist: core>2"
     )
-    data.unlink()  # not written in place: uv may have linked it to its cache
+    data.unlink()  # not overwritten: uv may have linked it to its cache
     data.write_text(text)
     assert cross_check.examine(tree, made).unmet == (
         "core needs Python >=3.12, which is 3.11",
@@ -222,7 +222,7 @@ def test_a_forbidden_package_is_named_with_its_chain(room: Path) -> None:
         library(room, "middle", {}, "triton", tag="py3-none-any"),
         library(room, "triton", {}, tag="py3-none-any"),
     ]
-    result = found(room, *wheels, asks=("outer",))
+    result = found(room, *wheels, required=("outer",))
     assert result.forbidden == ("outer needs middle needs triton, and triton is forbidden on macOS",)
 
 

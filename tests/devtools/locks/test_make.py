@@ -75,7 +75,7 @@ def test_only_known_names_are_taken(constraints: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (["plain", "outer"], "outer needs middle needs triton, and triton is forbidden on macOS"),
         (["linux-outer"], "linux-outer needs linux-only\n"),
@@ -86,12 +86,12 @@ def test_only_known_names_are_taken(constraints: Path) -> None:
     ids=["forbidden", "no wheel for a Mac", "source only", "contradiction", "unknown"],
 )
 def test_what_a_mac_cannot_install_is_refused_with_its_chain(
-    constraints: Path, lines: list[str], said: str
+    constraints: Path, lines: list[str], message: str
 ) -> None:
     write_in_file(constraints, *lines)
     with pytest.raises(StepFailed) as refusal:
         make.make("train")
-    assert said in refusal.value.what
+    assert message in refusal.value.what
     assert "nox -s lock -- train" in refusal.value.fix or "leave" in refusal.value.fix
     assert not (constraints / "train.txt").exists()
 

@@ -131,7 +131,7 @@ def test_a_package_without_any_file_for_a_mac_is_no_mending(chosen: settings.Set
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "reason"),
     [
         ("git+https://code.example/a/b.git#egg=b", "HEAD that day: #egg=b is a URL fragment"),
         ("git+https://code.example/a/b.git", "HEAD that day"),
@@ -144,10 +144,10 @@ def test_a_package_without_any_file_for_a_mac_is_no_mending(chosen: settings.Set
     ],
 )
 def test_lines_that_mean_something_else_tomorrow_are_named(
-    chosen: settings.Settings, line: str, said: str
+    chosen: settings.Settings, line: str, reason: str
 ) -> None:
     (judged,) = explain(chosen, requirements_macos_arm64=f"{line}\n").lines
-    assert any(said in problem.why for problem in judged.problems if problem.kind is Kind.NOT_REPRODUCIBLE)
+    assert any(reason in problem.why for problem in judged.problems if problem.kind is Kind.NOT_REPRODUCIBLE)
 
 
 @pytest.mark.parametrize("line", [f"git+https://code.example/a/b.git@{'a' * 40}", "loose==1.5"])
@@ -177,15 +177,15 @@ def test_a_resolver_that_cannot_work_is_no_explanation(
         explain(chosen)
 
 
-def repository(place: Path, *texts: str) -> list[str]:
+def repository(path: Path, *texts: str) -> list[str]:
     """A repository with one commit of the file for each text; their ids."""
-    place.mkdir()
-    git = ["git", "-C", str(place), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    path.mkdir()
+    git = ["git", "-C", str(path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     subprocess.run([*git, "init", "--quiet"], check=True)
     commits = []
     for text in texts:
-        (place / upstream_file.NAME).write_text(text)
-        (place / "requirements.txt").write_text("loose==1.5\n")
+        (path / upstream_file.NAME).write_text(text)
+        (path / "requirements.txt").write_text("loose==1.5\n")
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "--quiet", "-m", "x"], check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
@@ -229,10 +229,10 @@ def test_without_a_network_the_checkouts_file_is_used_and_the_report_says_so(
 
 
 def test_single_files_are_asked_of_github(chosen: settings.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
     def answer(url: str, timeout: float) -> requests.Response:
-        asked.append(url)
+        requested.append(url)
         response = requests.Response()
         response.status_code, response._content = 200, b"loose==1.5\n"
         return response
@@ -240,8 +240,8 @@ def test_single_files_are_asked_of_github(chosen: settings.Settings, monkeypatch
     monkeypatch.setenv("KOHYA_REPO_URL", "https://github.com/someone/kohya_ss.git")
     monkeypatch.setattr(requests, "get", answer)
     report = upstream.run(settings.load(), upstream.parse_options([]))
-    assert any(url.endswith(f"/someone/kohya_ss/HEAD/{upstream_file.NAME}") for url in asked)
-    assert any(f"/{chosen.commit}/" in url for url in asked)
+    assert any(url.endswith(f"/someone/kohya_ss/HEAD/{upstream_file.NAME}") for url in requested)
+    assert any(f"/{chosen.commit}/" in url for url in requested)
     assert report.extra["upstream"][0].mended
 
 
