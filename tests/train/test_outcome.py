@@ -245,7 +245,7 @@ def test_a_change_that_saves_nothing_is_not_offered(world: World) -> None:
 
 
 def test_settings_that_leave_nothing_to_save_are_named_as_such(world: World) -> None:
-    small = {"resolution": "256,256", "network_train_unet_only": True, "train_batch_size": 1}
+    small: dict[str, Any] = {"resolution": "256,256", "network_train_unet_only": True, "train_batch_size": 1}
 
     assert "no change of the settings would save more" in out_of_memory(world, **small)
 
@@ -260,7 +260,11 @@ def test_a_resolution_is_only_lowered(world: World) -> None:
 def test_the_peaks_are_those_of_the_device_that_the_run_was_on(world: World) -> None:
     """On MPS attention is not fused; a run that never began was to run on the expected device."""
     world.model.unlink()  # the family's size counts then; that of the world's model is nothing
-    large = {"resolution": "1024,1024", "train_batch_size": 4, "gradient_checkpointing": False}
+    large: dict[str, Any] = {
+        "resolution": "1024,1024",
+        "train_batch_size": 4,
+        "gradient_checkpointing": False,
+    }
     on_cpu, on_mps = out_of_memory(world, **large), out_of_memory(world, expected="mps", **large)
 
     assert on_cpu != on_mps

@@ -82,7 +82,7 @@ def test_files_that_other_programs_own_are_left_alone(kind: Kind) -> None:
 def test_a_copy_that_cannot_be_read_is_never_written(kind: Kind, text: str, tmp_path: Path) -> None:
     file, out = ConfigFile(Path("a"), kind, "", {}), tmp_path / "out"
 
-    with pytest.raises(StepFailed, match="cannot be corrected automatically: a:") as told:
+    with pytest.raises(StepFailed, match="cannot be corrected automatically: a is not valid") as told:
         save(file, Corrected(text, (), ()), out)
     assert "by hand" in told.value.fix
     assert not out.exists()
