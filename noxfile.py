@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # plain `nox` does not, and the sessions call the package
 
 from devtools import posargs  # noqa: E402
-from kohya_mps.core import cli, settings  # noqa: E402
+from kohya_mps.core import settings  # noqa: E402
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -74,10 +74,11 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def venv(session: nox.Session) -> None:
-    """Build the pinned environment of KOHYA_HOME from its lock and make it the active one."""
+    """Build the pinned environment of KOHYA_HOME from its lock and make it the active one [-- --json]."""
     from kohya_mps.install import environment
 
-    cli.run_task(lambda: environment.rebuild(settings.load()))
+    parser = posargs.parser("venv", "Build the pinned environment of KOHYA_HOME and make it the active one.")
+    posargs.run(session.posargs, parser.parse_args, lambda _: environment.rebuild(settings.load()))
 
 
 @nox.session(venv_backend="none", default=False)
