@@ -96,10 +96,7 @@ def _override(options: TrainerOptions, *layers: Mapping[str, Any]) -> TrainerOpt
     values: dict[str, Any] = {}
     for layer in layers:
         values |= {_OPTION_NAMES.get(name, name): value for name, value in layer.items()}
-    resolution = values.get("resolution")
-    if isinstance(resolution, int):
-        values["resolution"] = str(resolution)
-    elif isinstance(resolution, list):
+    if isinstance(resolution := values.get("resolution"), list):
         values["resolution"] = ",".join(map(str, resolution))
     parsed, _ = parse_options(values, numbers_as_text=True)
     return msgspec.structs.replace(options, **{n: getattr(parsed, n) for n in values if n in NAMES})

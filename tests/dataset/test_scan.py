@@ -35,7 +35,7 @@ def test_a_training_without_pictures_has_no_dataset(world: World) -> None:
 
 
 def test_folders_are_named_by_their_repeats_and_others_are_ignored(world: World) -> None:
-    for name in ("3_dog", "07", "0_no", "-1_no", "cat", "x_2"):
+    for name in ("3_dog", "1_one", "07", "0_no", "-1_no", "cat", "x_2"):
         touch(world.data / name / "a.png")
     touch(world.data / "5_file")
     found = scanned(world)
@@ -43,6 +43,7 @@ def test_folders_are_named_by_their_repeats_and_others_are_ignored(world: World)
     assert [(folder.path.name, folder.repeats) for folder in found.folders] == [
         ("07", 7),
         ("10_cat", 10),
+        ("1_one", 1),
         ("3_dog", 3),
     ]
     assert found.ignored == ("-1_no", "0_no", "cat", "x_2")
@@ -116,7 +117,7 @@ def test_every_picture_is_looked_at_with_its_caption(world: World) -> None:
         # A character that is cut off where reading stops is whole in the file.
         (b"x" * 999_999 + "ü".encode(), ""),
         (b"x" * 999_997 + "🙂".encode(), ""),
-        (b"x" * 999_990 + b"\xff" + b"x" * 20, "is not UTF-8"),
+        (b"x" * 999_996 + b"\xff" + b"x" * 20, "is not UTF-8"),
     ],
 )
 def test_captions_that_end_the_training_are_named(data: bytes, problem: str, world: World) -> None:
