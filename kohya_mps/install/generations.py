@@ -170,8 +170,8 @@ def activate(home: Installation, generation: Generation) -> None:
     if generation.manifest() is None:
         raise StepFailed(f"{generation.name} was not built to its end", "`invoke setup` builds it again")
     if active(home) != generation or not generation.activation_number():
-        numbers = [g.activation_number() for g in present(home)]
-        write_atomic(generation.activation_file, str(max(numbers, default=0) + 1).encode())
+        latest_number = max(g.activation_number() for g in present(home))
+        write_atomic(generation.activation_file, str(latest_number + 1).encode())
         link_atomic(home.venv, generation.venv)
 
 

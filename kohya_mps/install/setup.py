@@ -124,7 +124,7 @@ def _set_up(settings: Settings, options: SetupOptions, home: Installation, plan:
         row = max(configured.checks, key=lambda check: check.status is not Status.PASS)
         report(row.status, row.detail, row.fix)
     known = receipt.read(generation)
-    same = known is not None and _same_inputs(settings, generation, known)
+    same = known is not None and _same_inputs(generation, known)
     smoke = _smoke_check(settings, options, steps, generation, _Earlier(known.smoke if known else None, same))
     if smoke is None or smoke.ok or generations.active(home) is None:
         generations.activate(home, generation)
@@ -304,7 +304,7 @@ def _locked_generation(home: Installation, profile: str) -> Iterator[Generation]
 
 
 def _reconfigured(settings: Settings, generation: Generation, known: Receipt) -> Receipt:
-    same = _same_inputs(settings, generation, known)
+    same = _same_inputs(generation, known)
     return msgspec.structs.replace(
         known,
         mixed_precision=settings.mixed_precision,
@@ -380,12 +380,9 @@ def _git_version() -> str:
     return done.stdout.strip()
 
 
-def _same_inputs(settings: Settings, generation: Generation, known: Receipt) -> bool:
+def _same_inputs(generation: Generation, known: Receipt) -> bool:
     """Whether an earlier verdict was given on this configuration (the lock is the generation's)."""
-    return (
-        known.accelerate_config == receipt.config_digest(generation)
-        and known.mixed_precision == settings.mixed_precision
-    )
+    return known.accelerate_config == receipt.config_digest(generation)
 
 
 def _record(

@@ -184,6 +184,17 @@ def test_the_active_and_the_one_before_it_are_kept_and_older_ones_go(home: Insta
     assert prune(home, 2) == []
 
 
+def test_one_that_never_was_active_is_nothing_to_go_back_to(home: Installation) -> None:
+    make(home, "unused", "1")
+    assert generations.latest(home) is None
+    active_one = make(home, "a", "2")
+    activate(home, active_one)
+    assert previous(home) is None
+    assert generations.latest(home) == active_one
+    home.venv.unlink()
+    assert generations.latest(home) == active_one
+
+
 def test_after_a_rollback_the_one_rolled_back_from_is_kept(home: Installation) -> None:
     for name in "abc":
         activate(home, make(home, name, f"lock {name}"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 
+import msgspec
 import pytest
 
 from kohya_mps.core.installation import Installation
@@ -17,6 +19,7 @@ from kohya_mps.install.uninstall import uninstall
 from tests.support.installs import Small, Upstream, git
 from tests.support.old_home import LOSSES, WRITTEN, OldHome, make_old_home, was_killed
 from tests.support.reports import detail, failed, snapshot, statuses, warned
+from tests.support.standin import UNVERIFIED
 
 
 @pytest.fixture
@@ -112,3 +115,95 @@ def test_a_file_of_the_users_in_it_stays(old: OldHome, settings: Settings) -> No
     report = uninstall(settings, yes=True)
     assert statuses(report)["checkout"] is Status.WARN
     assert mine.read_text() == "mine"
+
+
+# -- When a recorded verdict still holds ----------------------------------------------------------
+# The stand-in has no torch: a verification that runs fails.
+
+
+def half_precision(settings: Settings) -> Settings:
+    """Another precision, which the profile then allows on every device."""
+    allowed = dict.fromkeys(("mps", "cuda", "cpu"), ("no", "bf16"))
+    profile = msgspec.structs.replace(settings.profile, mixed_precision=allowed)
+    return msgspec.structs.replace(settings, profile=profile, mixed_precision="bf16")
+
+
+def test_verdicts_on_another_configuration_are_given_again(old: OldHome, settings: Settings) -> None:
+    generation = installed(Installation(old.root))
+    with generation.accelerate_config.open("a") as file:
+        file.write("further: 1\n")  # what is written by hand and does not contradict stays
+    report = setup(settings, SetupOptions())
+    assert statuses(report)["configuration"] is Status.PASS
+    assert statuses(report)["smoke check"] is Status.FAIL
+    assert statuses(report)["training step"] is Status.FAIL
+
+
+def test_another_precision_is_another_configuration(old: OldHome, settings: Settings) -> None:
+    report = setup(half_precision(settings), SetupOptions())
+    assert statuses(report)["smoke check"] is Status.FAIL
+    known = receipt.read(installed(Installation(old.root)))
+    assert known is not None
+    assert known.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("field", ["smoke", "train_step"])
+def test_a_verdict_that_was_bad_is_given_again(field: str, old: OldHome, settings: Settings) -> None:
+    generation = installed(Installation(old.root))
+    fields = json.loads(generation.receipt.read_bytes())
+    fields[field]["ok"] = False
+    generation.receipt.write_text(json.dumps(fields))
+    report = setup(settings, SetupOptions())
+    again, kept = ("smoke check", "training step") if field == "smoke" else ("training step", "smoke check")
+    assert statuses(report)[again] is Status.FAIL
+    assert statuses(report)[kept] is Status.SKIP
+
+
+def test_with_another_commit_only_the_training_is_verified_again(
+    old: OldHome, settings: Settings, upstream: Upstream
+) -> None:
+    report = setup(msgspec.structs.replace(settings, commit=upstream.old), SetupOptions())
+    assert statuses(report)["smoke check"] is Status.SKIP
+    assert statuses(report)["training step"] is Status.FAIL
+
+
+@pytest.mark.parametrize(
+    "options", [SetupOptions(smoke=False), SetupOptions(train_step=False), UNVERIFIED], ids=str
+)
+def test_a_verification_that_is_not_requested_keeps_its_verdict(
+    options: SetupOptions, old: OldHome, settings: Settings, upstream: Upstream
+) -> None:
+    report = setup(msgspec.structs.replace(settings, commit=upstream.old), options)
+    assert report.ok
+    assert statuses(report)["training step"] is Status.SKIP
+    known = receipt.read(installed(Installation(old.root)))
+    assert known is not None
+    assert known.train_step is not None
+    assert known.train_step.at == WRITTEN
+
+
+def test_a_generation_that_passed_is_made_active_again(old: OldHome, settings: Settings) -> None:
+    rollback(settings)
+    report = setup(settings, SetupOptions())
+    assert report.ok
+    assert installed(Installation(old.root)).name == old.active == report.extra["generation"]
+
+
+def test_where_none_is_active_one_that_fails_the_smoke_check_is_made_active(
+    old: OldHome, settings: Settings
+) -> None:
+    generation = installed(Installation(old.root))
+    Installation(old.root).venv.unlink()
+    generation.receipt.unlink()
+    report = setup(settings, SetupOptions())
+    assert statuses(report)["smoke check"] is Status.FAIL
+    assert installed(Installation(old.root)) == generation
+
+
+def test_another_configuration_takes_the_verdicts_out_of_the_receipt(
+    old: OldHome, settings: Settings
+) -> None:
+    configure(half_precision(settings), replace_default=False)
+    known = receipt.read(installed(Installation(old.root)))
+    assert known is not None
+    assert (known.smoke, known.train_step) == (None, None)
+    assert set(warned(status(settings))) == {"smoke check", "training step"}

@@ -17,6 +17,7 @@ from kohya_mps.install.generations import Generation
 from kohya_mps.install.rollback import choices, rollback
 from kohya_mps.install.setup import installed, setup
 from tests.support.installs import Small, Upstream, running_as
+from tests.support.reports import warned
 from tests.support.standin import UNVERIFIED, make_lock
 
 
@@ -76,6 +77,20 @@ def test_a_generation_that_is_not_there_is_refused(name: str, settings: Settings
     with pytest.raises(UsageError, match="no generation"):
         rollback(settings, name)
     assert installed(Installation(settings.home)) == before
+
+
+def test_a_path_to_a_generation_is_no_name_of_one(settings: Settings) -> None:
+    with pytest.raises(UsageError, match="no generation"):
+        rollback(settings, f"../generations/{older(settings).name}")
+
+
+def test_one_that_never_was_configured_comes_back_with_a_warning(settings: Settings) -> None:
+    target = older(settings)
+    target.accelerate_config.unlink()
+    report = rollback(settings)
+    assert report.ok
+    assert warned(report)["accelerate configuration"].fix == "`invoke configure` writes it"
+    assert installed(Installation(settings.home)) == target
 
 
 def test_without_an_earlier_one_it_is_refused(small: Small, upstream: Upstream) -> None:

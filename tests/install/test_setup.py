@@ -20,7 +20,7 @@ from kohya_mps.core.report import Report, Status
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, environment, generations, inventory, receipt
-from kohya_mps.install.setup import SetupOptions, configure, installed, setup, verify
+from kohya_mps.install.setup import SetupOptions, check_machine, configure, installed, setup, verify
 from kohya_mps.train import start
 from tests.support.installs import Small, Upstream
 from tests.support.reports import detail, snapshot, statuses
@@ -149,6 +149,26 @@ def test_what_cannot_end_well_is_refused_before_anything_is_touched(
         patch.setattr("platform.machine", lambda: "x86_64")
         assert "Rosetta" in detail(setup(settings, UNVERIFIED), "machine")
     assert not settings.home.exists()
+
+
+def test_the_disk_and_python_matter_only_where_something_is_built_from_nothing(settings: Settings) -> None:
+    """A rebuild takes its files from uv's cache: it needs no room for downloads."""
+    setup(settings, UNVERIFIED)
+    big = msgspec.structs.replace(settings.profile, disk_gb={"darwin": 1e6, "linux": 1e6})
+    full_disk = msgspec.structs.replace(settings, profile=big)
+    assert setup(full_disk, UNVERIFIED).ok
+    core = inventory.site_packages(installed(Installation(settings.home)).venv) / "plain" / "core.py"
+    core.unlink()
+    assert setup(full_disk, UNVERIFIED).ok
+    no_python = msgspec.structs.replace(settings.profile, python="3.99")
+    plan = environment.plan(settings)
+    assert check_machine(msgspec.structs.replace(settings, profile=no_python), plan).status is Status.PASS
+
+
+def test_an_environment_without_a_receipt_is_configured(settings: Settings) -> None:
+    environment.rebuild(settings)
+    assert configure(settings, replace_default=False).ok
+    assert receipt.read(installed(Installation(settings.home))) is None
 
 
 def test_a_home_in_use_is_refused_whatever_else_is_wrong(settings: Settings) -> None:

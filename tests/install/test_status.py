@@ -10,7 +10,7 @@ import pytest
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
-from kohya_mps.install import accelerate_config, generations, inventory
+from kohya_mps.install import accelerate_config, generations, inventory, receipt
 from kohya_mps.install.setup import installed, setup
 from kohya_mps.install.status import listed, status
 from tests.support.installs import Small, Upstream, git
@@ -95,14 +95,39 @@ def test_an_environment_of_somebody_elses_is_told(settings: Settings) -> None:
     assert "not built by this project" in failed(status(settings))["environment"].detail
 
 
-def test_an_interpreter_that_is_gone_is_told(settings: Settings) -> None:
-    python = installed(Installation(settings.home)).python
-    target = python.readlink()
-    python.unlink()
-    python.symlink_to(str(target) + "-gone")
-    assert "interpreter" in failed(status(settings)).keys() | {
-        check.name.removeprefix("package ") for check in failed(status(settings)).values()
+def test_an_interpreter_that_is_gone_is_told(settings: Settings, tmp_path: Path) -> None:
+    generation = installed(Installation(settings.home))
+    theirs = tmp_path / "python"
+    theirs.symlink_to(generation.python.readlink())
+    generation.python.unlink()
+    generation.python.symlink_to(theirs)
+    manifest = generation.manifest()
+    assert manifest is not None
+    built = msgspec.structs.replace(manifest, inventory=inventory.take(generation.venv))
+    generation.complete(built)  # as if it had been built with that Python
+    assert not failed(status(settings))
+    theirs.unlink()
+    assert "is gone" in failed(status(settings))["interpreter"].detail
+
+
+def test_a_verification_that_failed_is_a_failure(settings: Settings) -> None:
+    generation = installed(Installation(settings.home))
+    known = receipt.read(generation)
+    assert known is not None
+    bad = receipt.Verdict(False, "2026-01-02T03:04:05+00:00", "a training", None, ())
+    receipt.save(generation, msgspec.structs.replace(known, smoke=bad, train_step=bad))
+    report = status(settings)
+    assert {name: check.detail for name, check in failed(report).items()} == {
+        "smoke check": f"failed on no device at {bad.at}",
+        "training step": f"failed on no device at {bad.at}",
     }
+    assert [row.verified for row in report.extra["generations"]] == [False]
+
+
+def test_an_environment_of_another_profile_with_the_same_lock_is_a_warning(settings: Settings) -> None:
+    other = msgspec.structs.replace(settings, profile_name="other")
+    assert "than the profile other has now" in warned(status(other))["lock"].detail
+    assert "lock" not in warned(status(settings))
 
 
 def test_a_new_lock_an_interrupted_build_and_an_edited_default_are_warnings(
@@ -121,7 +146,12 @@ def test_a_new_lock_an_interrupted_build_and_an_edited_default_are_warnings(
 
 def test_a_run_in_progress_is_told_with_its_process(settings: Settings) -> None:
     with exclusive_lock(Installation(settings.home)):
-        assert f"process {os.getpid()}" in warned(status(settings))["run in progress"].detail
+        # Nothing of what it has not finished yet is taken for the rest of a killed run.
+        (Installation(settings.home).generations / "half").mkdir()
+        Installation(settings.home).checkout_move.write_bytes(b"{}")
+        found = warned(status(settings))
+        assert f"process {os.getpid()}" in found["run in progress"].detail
+        assert not {"build half", "checkout"} & found.keys()
     assert "run in progress" not in warned(status(settings))
 
 
