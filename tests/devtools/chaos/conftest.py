@@ -14,7 +14,9 @@ from tests.support.wheelhouse import pin, wheel
 
 
 @pytest.fixture
-def testbed(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Testbed:
+def testbed(
+    request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> Testbed:
     """A copy of the project that installs a few small wheels and checks out the small upstream."""
     house, root = tmp_path / "wheels", tmp_path / "chaos"
     pins = [
@@ -24,6 +26,7 @@ def testbed(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("UV_FIND_LINKS", str(house))
     root.mkdir()
     chosen = msgspec.structs.replace(settings.load(), url=str(upstream.kohya_ss), commit=upstream.commit)
-    made = Testbed(root, chosen, SMALL_PROFILE, real=False)
+    kind: type[Testbed] = getattr(request, "param", Testbed)
+    made = kind(root, chosen, SMALL_PROFILE, real=False)
     made.use_small_lock("".join(pins))
     return made

@@ -81,22 +81,6 @@ class CheckoutTestbed(Testbed):
         self.assert_no_leftovers()
 
 
-@pytest.mark.slow
-def test_the_kills_of_a_fresh_install_are_counted_and_each_rerun_is_checked(testbed: Testbed) -> None:
-    testbed.__class__ = CheckoutTestbed
-    row = kills.kills_fresh(testbed, 4)
-    assert (row.tries, row.survived) == (4, 4), row.failures
-    assert row.checked.startswith("invoke clone (no real kohya_ss) of ")
-
-
-def test_a_kill_that_is_not_survived_is_named_with_its_moment(testbed: Testbed) -> None:
-    testbed.__class__ = BrokenTestbed
-    row = kills.kills_fresh(testbed, 1)
-    assert (row.tries, row.survived) == (1, 0)
-    assert row.failures[0].startswith("killed ")
-    assert row.failures[0].endswith("the rerun is broken")
-
-
 class BrokenTestbed(CheckoutTestbed):
     """Never recovers."""
 
@@ -104,8 +88,24 @@ class BrokenTestbed(CheckoutTestbed):
         raise NotSurvived("the rerun is broken")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("testbed", [CheckoutTestbed], indirect=True)
+def test_the_kills_of_a_fresh_install_are_counted_and_each_rerun_is_checked(testbed: Testbed) -> None:
+    row = kills.kills_fresh(testbed, 4)
+    assert (row.tries, row.survived) == (4, 4), row.failures
+    assert row.checked.startswith("invoke clone (no real kohya_ss) of ")
+
+
+@pytest.mark.parametrize("testbed", [BrokenTestbed], indirect=True)
+def test_a_kill_that_is_not_survived_is_named_with_its_moment(testbed: Testbed) -> None:
+    row = kills.kills_fresh(testbed, 1)
+    assert (row.tries, row.survived) == (1, 0)
+    assert row.failures[0].startswith("killed ")
+    assert row.failures[0].endswith("the rerun is broken")
+
+
+@pytest.mark.parametrize("testbed", [CheckoutTestbed], indirect=True)
 def test_an_undisturbed_run_that_fails_is_no_timeline(testbed: Testbed) -> None:
     testbed.environ["KOHYA_REPO_URL"] = str(testbed.root / "gone")
-    testbed.__class__ = CheckoutTestbed
     with pytest.raises(NotSurvived, match="an undisturbed run"):
         kills.reference(testbed)
