@@ -29,7 +29,7 @@ _LAST_CHARACTERS = 1000
 # torch's messages on MPS, on CUDA and on the CPU when there is no memory for a tensor.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
 
-_GOOD = (State.RUNNING, State.FINISHED, State.STOPPED)
+_GOOD = (State.FINISHED, State.STOPPED)
 
 
 class Saving(msgspec.Struct, frozen=True):

@@ -98,6 +98,20 @@ def hostile(field: str) -> str:
     return f"""<x-{field} onload="alert('&')">&lt;{field}</x-{field}>"""
 
 
+def save_receipt(here: Settings, run: Run, verdict: Verdict, distributions: dict[str, str]) -> None:
+    """Write the receipt of the environment that the run was made in."""
+    generation = Generation(Installation(here.home).generations / run.record().generation)
+    generation.path.mkdir(parents=True)
+    receipt.save(
+        generation,
+        Receipt(
+            generation="g", profile="p", lock="", python="", interpreter="", distributions=distributions,
+            url="", commits=None, mixed_precision="no", accelerate_config="", default_config_path="",
+            default_config="", smoke=None, train_step=verdict, seconds={}, written="",
+        ),
+    )  # fmt: skip
+
+
 def poison(here: Settings, run: Run) -> list[str]:
     """Plant markup into every text of a run that somebody else can write; returns the fields."""
     fields = []
@@ -127,18 +141,8 @@ def poison(here: Settings, run: Run) -> list[str]:
         Image.new("RGB", (8, 8)).save(run.rendered / f"{name}.png")
     (run.rendered / "prompt.txt").write_text(text("compared"))
     (run.output / f"a<b>&{text('lora').replace('/', '|')}.safetensors").touch()
-    generation = Generation(Installation(here.home).generations / record.generation)
-    generation.path.mkdir(parents=True)
     verdict = Verdict(True, text("verified-at"), "", text("verified-on"), ())
-    receipt.save(
-        generation,
-        Receipt(
-            generation="g", profile="p", lock="", python="", interpreter="",
-            distributions={text("distribution"): text("distribution-version")},
-            url="", commits=None, mixed_precision="no", accelerate_config="", default_config_path="",
-            default_config="", smoke=None, train_step=verdict, seconds={}, written="",
-        ),
-    )  # fmt: skip
+    save_receipt(here, run, verdict, {text("distribution"): text("distribution-version")})
     return fields
 
 
@@ -288,3 +292,52 @@ def test_a_browser_without_a_network_shows_it(here: Settings, run: Run, tmp_path
     # The six samples' colours, and the line of the average.
     assert {(60 * n, 90 * p, 200) for n in range(3) for p in (0, 1)} <= present
     assert (37, 99, 235) in present
+
+
+def test_a_sample_that_is_drawn_again_moves_to_the_end(run: Run) -> None:
+    again = run.samples / "cat_000010_00_20260102990000_7.png"
+    Image.new("RGB", (8, 8), "white").save(again)
+
+    assert html_report.samples(run)[-1].path == again
+
+
+def test_a_step_that_drew_samples_does_not_flatten_the_others(here: Settings, run: Run) -> None:
+    slow = json.loads(step_line(31)) | {"time": 1_700_000_000.0 + 500}
+    with run.steps_file.open("a") as file:
+        file.write(json.dumps(slow) + "\n")
+
+    text = html_report.html(here, run)
+
+    times = text[text.index("<h2>Step times</h2>") :]
+    labels = re.findall(r'text-anchor="end">([^<]+)<', times)
+    assert max(map(float, labels)) <= 2
+    assert "cut off at three times the median" in times
+
+
+def test_rates_that_are_equal_share_a_line_and_others_have_their_own(here: Settings, run: Run) -> None:
+    rates = {"unet": 1e-4, "encoder one": 5e-5, "encoder two": 5e-5}
+    lines = [json.dumps(json.loads(step_line(n)) | {"rates": rates}) + "\n" for n in range(1, 31)]
+    run.steps_file.write_text("".join(lines))
+
+    text = html_report.html(here, run)
+
+    assert ">encoder one, encoder two</span>" in text
+    assert ">unet</span>" in text
+
+
+def test_several_processes_are_counted_beside_the_device(here: Settings, run: Run) -> None:
+    begin(run, processes=2)
+
+    assert "<b>cpu × 2</b>" in html_report.html(here, run)
+
+
+@pytest.mark.parametrize(("ok", "shown"), [(True, "2026-01-01 on mps"), (False, "no")])
+def test_the_environments_verification_is_shown_only_if_it_was_good(
+    here: Settings, run: Run, ok: bool, shown: str
+) -> None:
+    save_receipt(here, run, Verdict(ok, "2026-01-01", "", "mps", ()), {"torch": "2.5.1"})
+
+    text = html_report.html(here, run)
+
+    assert f'<tr><th>verified</th><td class="value">{shown}</td></tr>' in text
+    assert "<summary>all packages</summary>" in text

@@ -121,3 +121,46 @@ def test_the_whole_log_is_printed_without_redraws(run: Run, capsys: pytest.Captu
     live_view.show(run, lambda: False, whole_log=True)
 
     assert capsys.readouterr().out == "loading\nsteps: 3%\nsaved\n"
+
+
+def test_a_training_that_is_faster_than_the_lines_still_has_its_last_step_printed(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_view, "_POLL_SECONDS", 0.0)
+    polls = iter(range(5))
+
+    def running() -> bool:
+        number = next(polls)
+        with run.steps_file.open("a") as file:
+            file.write(step_line(36 + number))
+        return number < 4
+
+    live_view.show(run, running)
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines] == ["step 36/40", "step 40/40"]
+
+
+def test_a_step_is_printed_once_however_long_the_next_one_takes(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_view, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(live_view, "_PLAIN_LINE_SECONDS", 0.0)
+    steps(run, step_line(1))
+    running = iter([True, True, True, False])
+
+    live_view.show(run, lambda: next(running))
+
+    assert capsys.readouterr().err.count("step 1/40") == 1
+
+
+def test_the_rate_that_an_optimizer_found_is_shown_in_place_of_the_set_one(run: Run) -> None:
+    (step,) = steps(run, step_line(1))
+    step = msgspec.structs.replace(step, rates={"unet": 1.0, "d*lr/unet": 3e-5})
+
+    line = live_view.panel(View(run, run.begun(), [step]))
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(line)
+
+    assert "rate 3.00e-05" in console.export_text()
+    console.file.close()

@@ -203,3 +203,34 @@ def test_the_settings_say_how_long_the_training_is(world: World, photos: Path) -
     assert values["max_train_steps"] == 1600
     assert values["lr_warmup_steps"] == 100
     assert values["save_every_n_steps"] == values["sample_every_n_steps"] == 200
+
+
+def test_a_name_on_hugging_face_stays_a_name(world: World, photos: Path) -> None:
+    options = NewProjectOptions(world.root / "cats", photos)
+
+    report = new_project.create(settings.load(), options)
+
+    assert report.extra["model"] == new_project.presets()["sd15-lora"].model
+
+
+def test_what_a_killed_run_left_is_replaced(world: World, photos: Path) -> None:
+    (world.root / ".cats.unfinished" / "images" / "20_cats").mkdir(parents=True)
+
+    assert make(world, photos).ok
+    assert not (world.root / ".cats.unfinished").exists()
+
+
+def test_hidden_files_are_no_pictures(world: World, photos: Path) -> None:
+    (photos / "._a.png").write_bytes(b"what macOS writes beside a.png")
+
+    make(world, photos)
+
+    assert not list((world.root / "cats").rglob("._*"))
+
+
+def test_a_caption_cannot_set_options_of_a_sample(world: World, photos: Path) -> None:
+    (photos / "a.txt").write_text("a cat --w 4096\n")
+
+    make(world, photos)
+
+    assert "a cat w 4096 --w 512 --h 512" in (world.root / "cats" / "prompts.txt").read_text()

@@ -305,3 +305,50 @@ def test_only_smaller_resolutions_are_tried(side: int, lower: int) -> None:
     training = TrainerOptions(resolution=f"{side},64")
 
     assert len(list(outcome._cheaper_settings(training))) == 4 + lower
+
+
+def test_a_change_is_compared_with_the_changes_before_it(world: World) -> None:
+    fix = out_of_memory(world, gradient_checkpointing=False, cache_latents=True, train_batch_size=1)
+
+    assert "gradient_checkpointing = true" in fix
+    assert "train_batch_size" not in fix
+
+
+def test_a_killed_run_whose_log_tells_of_memory_ran_out_of_it(run: Run) -> None:
+    run.log.write_text(
+        "RuntimeError: CUDA out of memory. Tried to allocate\nTraceback (most recent call last):\n"
+    )
+
+    assert failed(outcome.summarize(run))["memory"].detail == "the device ran out of memory"
+
+
+def test_the_reported_error_goes_before_what_the_log_tells_of_memory(run: Run) -> None:
+    run.log.write_text("warning: out of memory, trying again\nKeyError: 'x'\n")
+    end(run, "failed", 3, "KeyError: 'x'")
+
+    found = failed(outcome.summarize(run))
+
+    assert found["error"].detail == "KeyError: 'x'"
+    assert "memory" not in found
+
+
+def test_a_launcher_that_reports_a_killed_trainer_is_no_error_of_its_own(run: Run) -> None:
+    run.log.write_text(
+        "Traceback (most recent call last):\nChildFailedError: Signal 9 (SIGKILL) received by PID 77\n"
+    )
+
+    assert "the trainer was killed" in failed(outcome.summarize(run))["memory"].detail
+
+
+def test_only_a_finished_run_names_what_to_do_with_its_lora(run: Run) -> None:
+    end(run, "stopped", 3)
+    assert not outcome.summarize(run).summary
+
+    end(run, "finished", 3)
+    assert f"invoke test-lora {run.path}" in outcome.summarize(run).summary
+
+
+def test_a_finished_run_is_not_offered_to_be_resumed(run: Run) -> None:
+    save_state(run, "cat-step00000030-state", 30)
+
+    assert row(finished(run), "training").fix == ""
