@@ -91,7 +91,8 @@ def test_a_good_training_has_no_problem(world: World) -> None:
         ({"max_bucket_reso": 1024, "bucket_reso_steps": 64}, "most_bucket", 1024),
         ({"max_bucket_reso": 1025, "bucket_reso_steps": 64}, "most_bucket", 1088),
         ({"min_bucket_reso": 300, "bucket_reso_steps": 0}, "least_bucket", 300),
-        ({"max_bucket_reso": 1000, "bucket_reso_steps": -8}, "most_bucket", 1000),
+        ({"max_bucket_reso": 1001, "bucket_reso_steps": -8}, "most_bucket", 1001),
+        ({"min_bucket_reso": 301, "bucket_reso_steps": 1}, "least_bucket", 301),
     ],
 )  # fmt: skip
 def test_facts_follow_from_the_options(

@@ -105,6 +105,19 @@ def test_options_are_read_as_argparse_reads_them(options: str, expected: dict[st
     assert settings(f"python train_network.py {options}") == expected
 
 
+@pytest.mark.parametrize(("name", "path"), [("t.ps1", ".\\out"), ("t.BAT", ".\\out"), ("t.sh", ".out")])
+def test_a_scripts_ending_says_what_a_backslash_is(name: str, path: str) -> None:
+    assert settings("python train_network.py --output_dir .\\out", name) == {"output_dir": path}
+
+
+@pytest.mark.parametrize("named", ["c", "c.toml"])
+def test_the_ending_of_the_toml_may_be_left_out(named: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("seed = 7\n")
+    text = f"python train_network.py --config_file {named} --sdpa"
+
+    assert settings(text, str(tmp_path / "t.sh")) == {"seed": 7, "sdpa": True}
+
+
 @pytest.mark.parametrize(
     ("text", "on_cpu"),
     [

@@ -84,6 +84,7 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     [
         ("a.toml", "sdpa = true", Kind.TOML),
         ("a", "sdpa = true", Kind.TOML),
+        ("a.toml", "# --sdpa --seed\nsdpa = true", Kind.TOML),
         ("a.TOML", "note = '--sdpa --seed'\nsdpa = true", Kind.TOML),
         ("a", "[train]\nnote = ' --sdpa'\nsdpa = true", Kind.TOML),
         ("a", "sdpa = true # --sdpa --xformers", Kind.TOML),

@@ -33,6 +33,7 @@ def test_text_for_numbers_is_wrong_in_toml_and_right_on_a_command_line() -> None
         ("v2", "no", None, False),
         ("v2", "false", None, False),
         ("v2", "0", None, False),
+        ("v2", "1", None, True),
         ("v2", "perhaps", None, None),
         ("train_batch_size", 4, 4, 4),
         ("train_batch_size", 4.0, 4, 4),
