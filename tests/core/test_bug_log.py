@@ -83,16 +83,18 @@ def test_a_bug_is_an_error_as_json_too() -> None:
     assert done.returncode == 1
     reported = json.loads(done.stdout)
     assert reported["ok"] is False
-    assert "This is a bug" in reported["checks"][0]["detail"]
+    assert "This is a bug in kohya-mps: KeyError" in reported["checks"][0]["detail"]
     assert "attach this log" in reported["checks"][0]["fix"]
 
 
 def test_a_bug_shows_its_traceback_where_the_log_is_lost(tmp_path: Path) -> None:
     in_ci = run_buggy(CI="true")
     assert "Traceback" in in_ci.stderr
+    assert "KeyError" in in_ci.stderr.partition("error: ")[0]
     assert "attach this log" in in_ci.stderr
     (tmp_path / "file").touch()
     unwritable = run_buggy(XDG_STATE_HOME=str(tmp_path / "file"), HOME=str(tmp_path / "file"))
-    assert "Traceback" in unwritable.stderr
-    assert "attach the lines above" in unwritable.stderr
+    assert "KeyError" in unwritable.stderr.partition("error: ")[0]
+    assert "\nerror: This is a bug in kohya-mps: KeyError" in unwritable.stderr
+    assert unwritable.stderr.endswith("\n  -> attach the lines above to an issue\n")
     assert unwritable.returncode == 1

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,14 +74,16 @@ def test_an_error_is_printed_without_a_traceback_and_as_json(
     assert ended(failing(error), json=True) == code
     printed = capsys.readouterr()
     assert printed.err == "error: what\n  -> fix\n"
-    reported = json.loads(printed.out)
-    assert reported["ok"] is False
-    assert reported["checks"][0]["fix"] == "fix"
+    assert json.loads(printed.out) == {
+        "ok": False,
+        "checks": [{"name": "error", "status": "fail", "detail": "what", "fix": "fix"}],
+    }
 
 
 def test_an_interruption_ends_with_130_and_says_how_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(failing(KeyboardInterrupt())) == 130
-    assert "same command" in capsys.readouterr().err
+    message = "\nInterrupted. Nothing is broken: the same command continues from here.\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_termination_is_an_interruption() -> None:
@@ -104,17 +108,48 @@ def test_dry_is_refused_before_anything_is_done(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("number", "message"),
-    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EACCES, "No permission"),
-     (errno.EROFS, "No permission")],
-)  # fmt: skip
+    ("number", "what", "fix"),
+    [
+        (errno.ENOSPC, "The disk is full: /some/where", "free some space, then run the same command again"),
+        (errno.EDQUOT, "The disk is full: /some/where", "free some space, then run the same command again"),
+        (errno.EACCES, "No permission to write: /some/where (Permission denied)", "make it writable for you"),
+        (errno.EPERM, "No permission to write: /some/where (", "make it writable for you"),
+        (
+            errno.EROFS,
+            "No permission to write: /some/where (Read-only",
+            "choose another directory with KOHYA_HOME",
+        ),
+    ],
+)
 def test_a_full_or_forbidden_disk_is_the_users_to_mend(
-    number: int, message: str, capsys: pytest.CaptureFixture[str]
+    number: int, what: str, fix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ended(failing(OSError(number, os.strerror(number), "/some/where"))) == 1
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "/some/where" in printed
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {what}")
+    assert fix in second
+
+
+def test_an_error_of_a_file_without_a_name_names_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(failing(OSError(errno.ENOSPC, "No space left"))) == 1
+    assert capsys.readouterr().err.startswith("error: The disk is full\n")
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    code = """
+from kohya_mps.core import cli
+from kohya_mps.core.report import Check, Report, Status
+cli.run_task(lambda: Report("", tuple(Check("n", Status.PASS, "d" * 100) for _ in range(5000))), json=True)
+"""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    os.read(reader, 10)
+    os.close(reader)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (0, b"")
 
 
 def test_an_error_of_the_system_that_the_user_cannot_mend_is_a_bug(
@@ -126,8 +161,9 @@ def test_an_error_of_the_system_that_the_user_cannot_mend_is_a_bug(
 
 def test_a_number_is_read_and_anything_else_is_wrong_usage() -> None:
     assert cli.parse_int("--port", "6006") == 6006
-    with pytest.raises(UsageError, match="--port: found 'x'"):
+    with pytest.raises(UsageError, match="--port: found 'x'") as caught:
         cli.parse_int("--port", "x")
+    assert caught.value.fix == "accepted: a whole number"
 
 
 def test_what_a_step_makes_is_writable_for_nobody_else(tmp_path: Path) -> None:

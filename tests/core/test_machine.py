@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kohya_mps.core import machine, settings
@@ -27,3 +28,24 @@ def test_the_free_disk_of_a_path_is_that_of_the_disk_it_would_be_made_on(tmp_pat
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (tmp_path, tmp_path / "a" / "b", tmp_path / "link", tmp_path / "link" / "below"):
         assert machine.free_disk_gb(path) == pytest.approx(free, abs=1)
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_cuda_is_expected_where_its_driver_is_loaded(driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    exists = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda path: driver if str(path) == "/proc/driver/nvidia/version" else exists(path)
+    )
+    assert machine.expected_device() == ("cuda" if driver else "cpu")
+
+
+def test_the_memory_is_that_of_the_machine() -> None:
+    assert machine.memory_gb() == pytest.approx(psutil.virtual_memory().total / 1e9, rel=0.01)
+
+
+def test_the_version_of_macos_is_0_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.mac_ver", lambda: ("", ("", "", ""), ""))
+    assert machine.macos_version() == "0"
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    assert machine.macos_version() == "15.1"

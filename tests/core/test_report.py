@@ -60,6 +60,15 @@ def test_long_paths_commands_and_brackets_come_through_unharmed(capsys: pytest.C
     assert f"next: {path}\n" in printed
 
 
+def test_a_table_in_a_file_is_as_wide_as_paths_need(capsys: pytest.CaptureFixture[str]) -> None:
+    detail = "/home/" + "d" * 130
+    show(Report("Title", (Check("n", Status.PASS, detail),)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "Title"
+    assert any(detail in line for line in lines)
+    assert max(map(len, lines)) <= 160
+
+
 def test_a_report_without_checks_is_its_title_and_summary(capsys: pytest.CaptureFixture[str]) -> None:
     show(Report("Nothing to do", (), summary=("so it is",)))
     assert capsys.readouterr().out == "Nothing to do\nso it is\n"

@@ -206,5 +206,6 @@ def test_an_invalid_file_is_refused(text: str, message: str, tmp_path: Path) -> 
     path = tmp_path / "failures.yaml"
     path.write_text(text)
 
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         catalogue.load(path)
+    assert str(path) in caught.value.what

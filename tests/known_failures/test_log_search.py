@@ -15,10 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kohya_mps.core.errors import UsageError
-from kohya_mps.core.report import to_json
+from kohya_mps.core.report import Check, Status, to_json
 from kohya_mps.core.settings import ROOT
-from kohya_mps.known_failures import log_search
-from kohya_mps.known_failures.catalogue import source_url
+from kohya_mps.known_failures import catalogue, log_search
+from kohya_mps.known_failures.catalogue import Failure, LogPattern, source_url
 
 FP16 = b"ValueError: fp16 mixed precision requires a GPU (not 'mps')."
 
@@ -80,18 +80,48 @@ def test_the_last_error_of_an_unknown_failure_is_reported() -> None:
         log_search.search(io.BytesIO(b"KeyError: 'a'\n  x\nfoo.BarError: what\n")), "a.log"
     )
 
-    assert report.ok
-    assert "foo.BarError: what" in report.checks[0].detail
+    assert report.checks == (
+        Check("known failures", Status.SKIP, "none in 3 lines; the last error: foo.BarError: what"),
+    )
+    assert report.extra == {"log": "a.log", "failures": [], "last_error": "foo.BarError: what", "lines": 3}
+    assert report.summary == ("`invoke doctor` looks at the machine and the installation.",)
+
+
+def test_a_log_without_any_error_has_none() -> None:
+    report = log_search.report(log_search.search(io.BytesIO(b"all is well\n")), "a.log")
+
+    assert report.title == "Known failures in a.log"
+    assert report.checks[0].detail == "none in 1 lines"
 
 
 def test_cause_remedy_and_source_are_reported() -> None:
     report = log_search.report(log_search.search(io.BytesIO(FP16)), "a.log")
 
     assert report.ok
+    assert (report.checks[0].name, report.checks[0].status) == ("line 1", Status.WARN)
     assert "accelerate before 1.11.0 refuses fp16" in report.checks[0].detail
     assert 'mixed_precision = "no"' in report.checks[0].fix
     assert "https://github.com/huggingface/accelerate/issues/3718" in report.checks[0].fix
     assert source_url("CVE-2025-32434") == ""
+    fp16 = next(failure for failure in catalogue.known() if failure.id == "fp16")
+    assert report.extra["failures"] == [
+        {
+            "id": "fp16",
+            "line": 1,
+            "text": FP16.decode(),
+            "cause": fp16.cause,
+            "remedy": fp16.remedy,
+            "sources": fp16.sources,
+        }
+    ]
+    assert report.summary == ()
+
+
+def test_a_failure_without_a_source_shows_none() -> None:
+    own = Failure("x", "seen", "cause", "remedy", (), log=(LogPattern("it broke here"),))
+    found = log_search.search(io.BytesIO(b"it broke here"), (own,))
+
+    assert log_search.report(found, "a.log").checks[0].fix == "remedy"
 
 
 @pytest.mark.slow
@@ -130,8 +160,9 @@ def test_a_missing_log_and_no_log_at_all_are_usage_errors(monkeypatch: pytest.Mo
         with pytest.raises(UsageError, match="cannot be read"):
             log_search.explain(path)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    with pytest.raises(UsageError, match="no log"):
+    with pytest.raises(UsageError, match="no log") as caught:
         log_search.explain("-")
+    assert caught.value.fix == "`invoke explain LOG`, or pipe one into `invoke explain -`"
 
 
 @pytest.mark.parametrize("arguments", [["LOG"], ["--json", "LOG"], ["-"], ["-", "--json"]])
@@ -168,4 +199,8 @@ def test_the_end_of_a_failed_program_is_explained_on_standard_error(
     captured = capsys.readouterr()
 
     assert captured.out == ""
-    assert "fix:   `mixed_precision" in captured.err
+    fp16 = next(failure for failure in catalogue.known() if failure.id == "fp16")
+    assert captured.err == (
+        f"\nknown failure: {FP16.decode()}\n  why:   {fp16.cause}\n  fix:   {fp16.remedy}\n"
+        f"  from:  {', '.join(fp16.sources)}\n"
+    )
