@@ -97,7 +97,7 @@ def upstream(_upstream: Upstream) -> Upstream:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
-    """Wheels in a folder that uv is told of, and a lock of them."""
+    """Wheels in a folder that uv is configured with, and a lock of them."""
     house = tmp_path / "wheels"
     first = wheel(house, "plain", "1.0", files={"plain/core.py": b"VALUE = 1\n"})
     second = wheel(house, "other-thing", "2.1", files={"other_thing/data.txt": b"some data\n"})

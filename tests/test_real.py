@@ -63,7 +63,7 @@ def test_the_smoke_check_sees_a_package_that_was_replaced(generation: Generation
     aside = info.with_name("einops-0.0.1.dist-info")
     original = (info / "METADATA").read_text(encoding="utf-8")
     info.rename(aside)
-    # A new file in place of the link: the original in uv's cache stays as it is.
+    # A new file instead of the link: the original in uv's cache stays as it is.
     (aside / "METADATA").unlink()
     (aside / "METADATA").write_text(original.replace("\nVersion: ", "\nVersion: 0.0.1+"), encoding="utf-8")
     try:

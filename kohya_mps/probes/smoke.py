@@ -160,10 +160,10 @@ CHECKS: tuple[tuple[str, Callable[[dict[str, Any]], Found], str], ...] = (
     ("forbidden packages", forbidden, "`invoke setup` repairs the environment"),
     ("isolation", isolation, "start it through invoke or nox, which clear the environment"),
     ("device", device, "on a Mac: macOS 12.3 or later on Apple Silicon, and not in a virtual machine"),
-    ("accelerator", accelerator, "`invoke configure` writes the accelerate configuration anew"),
+    ("accelerator", accelerator, "`invoke configure` writes the accelerate configuration again"),
     ("one training step", training, "update macOS (or the GPU driver); then report this with the numbers"),
     ("trainer's modules", imports, "`invoke setup` repairs the environment"),
-    ("accelerate env", accelerate_env, "`invoke configure` writes the accelerate configuration anew"),
+    ("accelerate env", accelerate_env, "`invoke configure` writes the accelerate configuration again"),
 )
 
 

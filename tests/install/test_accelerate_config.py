@@ -52,7 +52,7 @@ def with_precision(settings: Settings, precision: str) -> Settings:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", ""])
-def test_on_a_mac_only_full_precision_is_accepted_and_the_reason_told(
+def test_on_a_mac_only_full_precision_is_accepted_and_the_error_says_why(
     precision: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kohya_mps.install.accelerate_config.expected_device", lambda: "mps")
@@ -84,30 +84,30 @@ def test_a_refused_precision_writes_nothing(
 
 
 def test_the_configuration_never_keeps_accelerate_on_the_cpu(settings: Settings) -> None:
-    wanted = accelerate_config.fields(settings)
-    assert wanted["use_cpu"] is False
-    assert wanted["compute_environment"] == "LOCAL_MACHINE"
-    assert (wanted["num_machines"], wanted["num_processes"]) == (1, 1)
-    assert wanted["mixed_precision"] == "no"
+    values = accelerate_config.fields(settings)
+    assert values["use_cpu"] is False
+    assert values["compute_environment"] == "LOCAL_MACHINE"
+    assert (values["num_machines"], values["num_processes"]) == (1, 1)
+    assert values["mixed_precision"] == "no"
 
 
-def test_a_configuration_is_current_only_if_every_field_is_as_wanted(
+def test_a_configuration_is_current_only_if_it_has_every_field_and_value(
     settings: Settings, tmp_path: Path
 ) -> None:
-    wanted = accelerate_config.fields(settings)
+    values = accelerate_config.fields(settings)
     path = tmp_path / "file.yaml"
-    path.write_text(yaml.safe_dump({**wanted, "further": 1}))
-    assert is_current(path, wanted)
+    path.write_text(yaml.safe_dump({**values, "further": 1}))
+    assert is_current(path, values)
     for spoilt in (
-        yaml.safe_dump({**wanted, "use_cpu": True}),
-        yaml.safe_dump({key: value for key, value in wanted.items() if key != "debug"}),
+        yaml.safe_dump({**values, "use_cpu": True}),
+        yaml.safe_dump({key: value for key, value in values.items() if key != "debug"}),
         "- a list", "", "{",
     ):  # fmt: skip
         path.write_text(spoilt)
-        assert not is_current(path, wanted)
+        assert not is_current(path, values)
     path.write_bytes(b"\xff")
-    assert not is_current(path, wanted)
-    assert not is_current(tmp_path / "none", wanted)
+    assert not is_current(path, values)
+    assert not is_current(tmp_path / "none", values)
 
 
 def test_the_default_location_is_accelerates_own(
@@ -199,7 +199,7 @@ def test_a_backup_is_never_overwritten(settings: Settings, generation: Generatio
     assert backup(default).read_text() == "theirs, earlier"
 
 
-def test_a_directory_in_the_defaults_place_is_left_alone(
+def test_a_directory_at_the_default_path_is_left_alone(
     settings: Settings, generation: Generation, default: Path
 ) -> None:
     default.mkdir(parents=True)
@@ -207,7 +207,7 @@ def test_a_directory_in_the_defaults_place_is_left_alone(
     assert default.is_dir()
 
 
-def test_a_dangling_link_in_the_defaults_place_is_left_alone(
+def test_a_dangling_link_at_the_default_path_is_left_alone(
     settings: Settings, generation: Generation, default: Path, tmp_path: Path
 ) -> None:
     default.parent.mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_a_default_that_cannot_be_written_does_not_stop_us(
     assert report.ok
 
 
-def test_an_environment_that_cannot_write_it_is_told_with_the_remedy(
+def test_an_environment_that_cannot_write_it_is_an_error_with_the_command_that_repairs_it(
     settings: Settings, tmp_path: Path
 ) -> None:
     broken = Generation(tmp_path / "broken")

@@ -67,7 +67,7 @@ def test_a_second_run_changes_nothing_and_needs_no_network(settings: Settings) -
     assert after == before
 
 
-def test_a_server_that_gives_no_single_commits_is_asked_for_everything(
+def test_from_a_server_that_gives_no_single_commits_everything_is_fetched(
     settings: Settings, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Protocol 0 gives the tips of branches alone; the old commit is no tip.
@@ -92,7 +92,7 @@ def test_a_shallow_checkout_is_completed_where_the_server_gives_no_single_commit
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_a_commit_that_the_repository_lacks_is_told(
+def test_a_commit_that_the_repository_lacks_is_an_error(
     scheme: str, settings: Settings, upstream: Upstream
 ) -> None:
     url = f"{scheme}{upstream.kohya_ss}"
@@ -108,7 +108,7 @@ def check_is_good_after(settings: Settings, upstream: Upstream) -> None:
     check_is_good(settings, upstream)
 
 
-def test_a_commit_of_another_project_is_told(settings: Settings, tmp_path: Path) -> None:
+def test_a_commit_of_another_project_is_refused(settings: Settings, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init", "--quiet")
@@ -122,7 +122,7 @@ def test_a_commit_of_another_project_is_told(settings: Settings, tmp_path: Path)
 @pytest.mark.parametrize(
     "url", ["/no/such/place", "https://127.0.0.1:9/kohya_ss.git", "no-such-scheme://x/y"]
 )
-def test_an_address_that_does_not_answer_is_told_with_the_remedy(
+def test_an_address_that_does_not_answer_is_an_error_that_names_it(
     url: str, settings: Settings, upstream: Upstream
 ) -> None:
     with pytest.raises(StepFailed, match="cannot be fetched") as caught:
@@ -237,7 +237,7 @@ def test_many_local_changes_are_counted(settings: Settings, upstream: Upstream, 
         ensure_checkout(settings)
 
 
-def test_local_changes_of_either_tree_are_put_away_when_asked(settings: Settings, upstream: Upstream) -> None:
+def test_local_changes_of_either_tree_are_stashed_on_request(settings: Settings, upstream: Upstream) -> None:
     ensure_checkout(at(settings, upstream.old))
     sd_scripts = Installation(settings.home).sd_scripts
     (settings.home / "kohya_gui.py").write_text("mine\n")
@@ -389,7 +389,7 @@ def test_a_home_inside_another_repository_never_touches_that_one(upstream: Upstr
     assert state() == before
 
 
-def test_git_is_told_nothing_of_the_users_active_repository(
+def test_the_users_active_repository_is_hidden_from_git(
     settings: Settings, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
@@ -400,7 +400,9 @@ def test_git_is_told_nothing_of_the_users_active_repository(
     check_is_good(settings, upstream)
 
 
-def test_what_stands_there_is_told_without_a_checkout_too(settings: Settings, upstream: Upstream) -> None:
+def test_the_commits_are_none_where_there_is_no_whole_checkout(
+    settings: Settings, upstream: Upstream
+) -> None:
     home = Installation(settings.home)
     assert present(home) is None
     ensure_checkout(settings)
@@ -462,7 +464,7 @@ SLIGHT_DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_repository_is_made_anew_and_the_old_one_kept(
+def test_a_damaged_repository_is_replaced_and_the_old_one_kept(
     what: str, tree: str, settings: Settings, upstream: Upstream
 ) -> None:
     ensure_checkout(at(settings, upstream.old))
@@ -562,7 +564,7 @@ def test_a_damaged_users_clone_with_packed_branches_keeps_where_it_stood(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a directory away")
-def test_a_repository_of_another_user_is_told_with_gits_own_words(settings: Settings) -> None:
+def test_a_repository_of_another_user_is_an_error_with_gits_own_message(settings: Settings) -> None:
     ensure_checkout(settings)
     for path in (settings.home, settings.home / ".git"):
         os.chown(path, 12345, -1)
@@ -738,7 +740,7 @@ def test_what_the_user_changed_survives_a_kill_anywhere(
         assert git(settings.home, "show", "stash@{0}:kohya_gui.py") == "mine"
 
 
-def test_what_was_changed_besides_an_interrupted_move_is_refused(
+def test_files_changed_beside_an_interrupted_switch_are_refused(
     settings: Settings, upstream: Upstream, killer: Killer
 ) -> None:
     ensure_checkout(settings)
@@ -757,7 +759,7 @@ def test_what_was_changed_besides_an_interrupted_move_is_refused(
     check_is_good(settings, upstream)
 
 
-def test_a_lock_of_the_users_own_git_is_told_and_not_removed(settings: Settings, upstream: Upstream) -> None:
+def test_a_lock_of_the_users_own_git_is_named_and_not_removed(settings: Settings, upstream: Upstream) -> None:
     ensure_checkout(at(settings, upstream.old))
     lock = settings.home / ".git" / "index.lock"
     lock.touch()
@@ -778,7 +780,7 @@ def test_a_record_that_the_disk_lost_touches_no_file(settings: Settings, upstrea
     assert (settings.home / "kohya_gui.py").read_text() == "mine\n"
 
 
-def test_a_full_disk_is_told_and_the_next_run_goes_on(
+def test_a_full_disk_is_an_error_and_the_next_run_goes_on(
     settings: Settings, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ensure_checkout(at(settings, upstream.old))

@@ -84,7 +84,7 @@ def test_the_configuration_of_the_verification_keeps_one_process(here: Settings)
 
 
 @pytest.mark.parametrize(
-    ("layout", "said"),
+    ("layout", "message"),
     [
         (ProcessLayout(processes=0), "--processes"),
         (ProcessLayout(machines=2, rank=2, address="a"), "--machine-rank: 2 of 2"),
@@ -92,10 +92,10 @@ def test_the_configuration_of_the_verification_keeps_one_process(here: Settings)
         (ProcessLayout(machines=2, address="a", port=70_000), "--main-port"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_nothing_written(
-    here: Settings, layout: ProcessLayout, said: str
+def test_an_invalid_layout_is_refused_and_writes_no_file(
+    here: Settings, layout: ProcessLayout, message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         accelerate_config.configure_distributed(here, generation(here), layout)
 
     assert not Installation(here.home).distributed_config.exists()

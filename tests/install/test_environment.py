@@ -148,7 +148,7 @@ def refuse_the_hash(small: Small) -> None:
     small.lock.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
 
 
-def test_a_tampered_hash_is_told_and_leaves_the_active_one_as_it_was(small: Small) -> None:
+def test_a_tampered_hash_is_an_error_and_leaves_the_active_one_as_it_was(small: Small) -> None:
     first = activated(small.settings)
     refuse_the_hash(small)
     with pytest.raises(StepFailed, match=r"does not have the hash that small\.txt says") as caught:
@@ -159,7 +159,7 @@ def test_a_tampered_hash_is_told_and_leaves_the_active_one_as_it_was(small: Smal
     assert ask(first, "import plain") == ""
 
 
-def test_a_tampered_wheel_is_told_as_well(small: Small, own_cache: Path) -> None:
+def test_a_tampered_wheel_is_an_error_too(small: Small, own_cache: Path) -> None:
     with zipfile.ZipFile(small.wheels / "plain-1.0-py3-none-any.whl", "a") as archive:
         archive.writestr("plain/evil.py", "")
     with pytest.raises(StepFailed, match="does not have the hash"):
@@ -167,7 +167,7 @@ def test_a_tampered_wheel_is_told_as_well(small: Small, own_cache: Path) -> None
     assert generations.present(Installation(small.settings.home)) == []
 
 
-def test_a_package_that_cannot_be_had_is_told(small: Small, own_cache: Path) -> None:
+def test_a_package_that_cannot_be_found_is_an_error(small: Small, own_cache: Path) -> None:
     (small.wheels / "plain-1.0-py3-none-any.whl").unlink()
     with pytest.raises(StepFailed, match=r"uv could not install small\.txt") as caught:
         build(small.settings)
@@ -182,7 +182,7 @@ def test_a_source_archive_is_never_built(small: Small, own_cache: Path) -> None:
         build(small.settings)
 
 
-def test_what_is_not_in_the_lock_and_what_is_missing_are_told() -> None:
+def test_what_is_not_in_the_lock_and_what_is_missing_are_listed() -> None:
     assert environment.compare({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == [
         "b 2 is 9",
         "c 3 is missing",
@@ -239,7 +239,7 @@ def test_an_index_of_the_users_is_used_and_afterwards_the_cache_is_enough(
     )
 
 
-def test_a_folder_of_wheels_that_only_pip_was_told_of_is_used(
+def test_a_folder_of_wheels_that_only_pip_is_configured_with_is_used(
     small: Small, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("UV_FIND_LINKS")
@@ -275,7 +275,7 @@ def test_nothing_of_an_active_environment_or_of_pythonpath_leaks_in(
     assert not (tmp_path / "target").exists()
 
 
-def test_without_a_fitting_python_it_is_told_how_to_get_one(
+def test_without_a_fitting_python_the_error_says_how_to_get_one(
     small: Small,
 ) -> None:
     profile = msgspec.structs.replace(small.settings.profile, python="3.99")
@@ -288,7 +288,9 @@ def test_without_a_fitting_python_it_is_told_how_to_get_one(
 def test_the_python_that_runs_this_is_taken_when_it_fits(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kohya_mps.install.environment.capture", lambda *_, **__: pytest.fail("uv was asked"))
+    monkeypatch.setattr(
+        "kohya_mps.install.environment.capture", lambda *_, **__: pytest.fail("uv was started")
+    )
     found = environment.find_python(small.settings.profile)
     assert found.version == platform.python_version()
     assert Path(found.path).parent.parent.samefile(sys.base_prefix)
@@ -307,7 +309,7 @@ def test_a_python_on_the_path_is_found(small: Small, unfitting: None) -> None:
 
 
 @pytest.mark.usefixtures("unfitting")
-def test_a_python_that_does_not_run_is_told(
+def test_a_python_that_does_not_run_is_an_error(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken"
@@ -326,11 +328,11 @@ def test_a_python_that_does_not_run_is_told(
 
 
 @pytest.mark.usefixtures("unfitting")
-def test_on_a_mac_only_a_native_python_is_asked_for(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+def test_on_a_mac_only_a_native_python_is_requested(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[object] = []
 
     def record(argv: list[object], **_: object) -> object:
-        asked.append(argv[-1])
+        requested.append(argv[-1])
         return subprocess.CompletedProcess([], 2, "", "")
 
     monkeypatch.setattr("kohya_mps.install.environment.capture", record)
@@ -338,11 +340,13 @@ def test_on_a_mac_only_a_native_python_is_asked_for(small: Small, monkeypatch: p
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(UsageError) as caught:
         environment.find_python(small.settings.profile)
-    assert set(asked) == {f"cpython-{PYTHON}-macos-aarch64-none"}
+    assert set(requested) == {f"cpython-{PYTHON}-macos-aarch64-none"}
     assert "brew install" in caught.value.fix
 
 
-def test_too_little_disk_is_told_with_what_is_needed(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_an_error_that_says_how_much_is_needed(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = msgspec.structs.replace(make_profile("small"), disk_gb={"darwin": 3, "linux": 123456})
     settings = make_settings(small.settings.home / "not" / "there", profile=profile)
     monkeypatch.setattr("sys.platform", "linux")
@@ -379,16 +383,18 @@ def test_an_interruption_leaves_nothing_behind(small: Small, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("printed", "expected"),
     [
         ("error: No space left on device (os error 28)", "disk is full"),
         ("error: something else", "something else"),
     ],
 )
 def test_what_uv_says_is_passed_on(
-    said: str, expected: str, small: Small, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    printed: str, expected: str, small: Small, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (small.wheels / "plain-1.0-py3-none-any.whl").unlink()  # or uv would do without asking any index
-    monkeypatch.setattr(environment, "stream", lambda *_, **__: process.ProcessResult(2, said + "\n", 0.0, 0))
+    monkeypatch.setattr(
+        environment, "stream", lambda *_, **__: process.ProcessResult(2, printed + "\n", 0.0, 0)
+    )
     with pytest.raises(StepFailed, match=expected):
         build(small.settings)

@@ -155,7 +155,7 @@ def test_a_link_to_a_generation_that_is_gone_is_ours_and_not_active(home: Instal
     assert active(home) is None
 
 
-def test_an_environment_of_somebody_elses_is_moved_aside_only_when_asked(home: Installation) -> None:
+def test_an_environment_of_somebody_elses_is_moved_aside_only_on_request(home: Installation) -> None:
     generations.set_aside_foreign_venv(home, replace=False)
     home.venv.mkdir(parents=True)
     (home.venv / "theirs").write_text("theirs")
@@ -184,7 +184,7 @@ def test_the_active_and_the_one_before_it_are_kept_and_older_ones_go(home: Insta
     assert prune(home, 2) == []
 
 
-def test_one_that_never_was_active_is_nothing_to_go_back_to(home: Installation) -> None:
+def test_one_that_never_was_active_is_not_gone_back_to(home: Installation) -> None:
     make(home, "unused", "1")
     assert generations.latest(home) is None
     active_one = make(home, "a", "2")
@@ -203,7 +203,7 @@ def test_after_a_rollback_the_one_rolled_back_from_is_kept(home: Installation) -
     assert names(present(home)) == ["a", "c"]
 
 
-def test_only_the_active_one_is_kept_when_one_is_asked_for(home: Installation) -> None:
+def test_only_the_active_one_is_kept_when_one_is_configured(home: Installation) -> None:
     for name in "ab":
         activate(home, make(home, name, f"lock {name}"))
     assert prune(home, 1) == ["a"]

@@ -39,7 +39,7 @@ def test_distributions_are_found_by_canonical_name(venv: Path) -> None:
     assert inventory.site_packages(venv) == site_of(venv)
 
 
-def test_an_environment_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+def test_a_missing_environment_is_empty(tmp_path: Path) -> None:
     assert inventory.versions(tmp_path / "none") == {}
     assert take(tmp_path / "none").distributions == {}
 
@@ -136,7 +136,7 @@ def test_files_of_another_size_than_the_wheels_are_found(venv: Path) -> None:
     assert take(venv).incomplete == ("plain",)
 
 
-def test_an_edited_file_is_told_from_one_that_was_only_touched_or_deleted(venv: Path) -> None:
+def test_an_edited_file_is_distinguished_from_one_that_was_only_touched_or_deleted(venv: Path) -> None:
     names = ["plain", "other-thing"]
     _touch(venv)
     assert inventory.damaged(venv, names) == []

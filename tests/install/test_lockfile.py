@@ -78,7 +78,7 @@ last[extra]==3.0+local {HASH} # why
         ("<<<<<<< HEAD", "not a pin"),
     ],
 )
-def test_a_line_that_is_no_exact_hashed_pin_is_refused_with_its_place(
+def test_a_line_that_is_no_exact_hashed_pin_is_refused_with_its_line(
     line: str, reason: str, tmp_path: Path
 ) -> None:
     message = refused(tmp_path, f"# first\ngood==1 \\\n    {HASH}\n{line}\n")
@@ -100,7 +100,7 @@ def test_a_missing_an_empty_and_a_binary_lock_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
-def test_a_committed_lock_is_exact_hashed_and_names_no_place(path: Path) -> None:
+def test_a_committed_lock_is_exact_hashed_and_names_no_index_or_path(path: Path) -> None:
     assert lockfile.read(path).pins
     for text in (path.read_text(encoding="utf-8"), path.with_suffix(".in").read_text(encoding="utf-8")):
         assert not re.search(

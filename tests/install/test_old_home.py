@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_in_it_is_finished(
     }
 
 
-def test_a_configuration_that_is_written_anew_keeps_its_verdicts_while_it_says_the_same(
+def test_a_configuration_that_is_written_again_unchanged_keeps_its_verdicts(
     old: OldHome, settings: Settings
 ) -> None:
     before = receipt.read(installed(Installation(old.root)))
@@ -128,7 +128,7 @@ def half_precision(settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, profile=profile, mixed_precision="bf16")
 
 
-def test_verdicts_on_another_configuration_are_given_again(old: OldHome, settings: Settings) -> None:
+def test_on_another_configuration_everything_is_verified_again(old: OldHome, settings: Settings) -> None:
     generation = installed(Installation(old.root))
     with generation.accelerate_config.open("a") as file:
         file.write("further: 1\n")  # what is written by hand and does not contradict stays
@@ -147,7 +147,7 @@ def test_another_precision_is_another_configuration(old: OldHome, settings: Sett
 
 
 @pytest.mark.parametrize("field", ["smoke", "train_step"])
-def test_a_verdict_that_was_bad_is_given_again(field: str, old: OldHome, settings: Settings) -> None:
+def test_a_verification_that_failed_is_run_again(field: str, old: OldHome, settings: Settings) -> None:
     generation = installed(Installation(old.root))
     fields = json.loads(generation.receipt.read_bytes())
     fields[field]["ok"] = False

@@ -19,20 +19,20 @@ def pip_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def told(**variables: str) -> dict[str, str]:
+def translated(**variables: str) -> dict[str, str]:
     return package_index.for_uv(variables)
 
 
-def test_nothing_configured_tells_uv_nothing(pip_conf: Path) -> None:
-    assert told(PATH="/bin") == {}
+def test_without_a_configuration_uv_gets_no_variables(pip_conf: Path) -> None:
+    assert translated(PATH="/bin") == {}
 
 
-def test_pips_file_is_told_to_uv(pip_conf: Path) -> None:
+def test_pips_file_is_translated_for_uv(pip_conf: Path) -> None:
     pip_conf.write_text(
         "[global]\nindex-url = https://mirror.invalid/simple\ntrusted_host = mirror.invalid\n"
         "find-links =\n    /wheels\n    https://wheels.invalid/list\ncert = /etc/with space/ca.pem\n"
     )
-    assert told() == {
+    assert translated() == {
         "UV_DEFAULT_INDEX": "https://mirror.invalid/simple",
         "UV_INSECURE_HOST": "mirror.invalid",
         "UV_FIND_LINKS": "/wheels,https://wheels.invalid/list",
@@ -42,7 +42,7 @@ def test_pips_file_is_told_to_uv(pip_conf: Path) -> None:
 
 def test_further_indexes_are_all_looked_in_as_pip_does(pip_conf: Path) -> None:
     pip_conf.write_text("[global]\nextra-index-url = https://a.invalid https://b.invalid\n")
-    assert told() == {}
+    assert translated() == {}
     assert package_index.extra_for_uv({}) == {
         "UV_INDEX": "https://a.invalid https://b.invalid",
         "UV_INDEX_STRATEGY": "unsafe-best-match",
@@ -57,15 +57,15 @@ def test_further_indexes_are_all_looked_in_as_pip_does(pip_conf: Path) -> None:
 
 def test_a_variable_of_pips_wins_over_its_file_and_one_of_uvs_over_both(pip_conf: Path) -> None:
     pip_conf.write_text("[global]\nfind-links = /from-file\n")
-    assert told()["UV_FIND_LINKS"] == "/from-file"
-    assert told(PIP_FIND_LINKS="/a /b")["UV_FIND_LINKS"] == "/a,/b"
-    assert told(PIP_FIND_LINKS="/a", UV_FIND_LINKS="/own") == {}
+    assert translated()["UV_FIND_LINKS"] == "/from-file"
+    assert translated(PIP_FIND_LINKS="/a /b")["UV_FIND_LINKS"] == "/a,/b"
+    assert translated(PIP_FIND_LINKS="/a", UV_FIND_LINKS="/own") == {}
 
 
 @pytest.mark.parametrize("own", ["UV_DEFAULT_INDEX", "UV_INDEX_URL"])
 def test_an_index_that_the_user_chose_for_uv_is_the_one(own: str, pip_conf: Path) -> None:
     pip_conf.write_text("[global]\nindex-url = https://pip.invalid/simple\n")
-    assert told(**{own: "https://uv.invalid/simple"}) == {}
+    assert translated(**{own: "https://uv.invalid/simple"}) == {}
 
 
 @pytest.mark.parametrize("own", ["UV_INDEX", "UV_EXTRA_INDEX_URL"])
@@ -74,9 +74,9 @@ def test_further_indexes_that_the_user_chose_for_uv_are_the_ones(own: str, pip_c
     assert package_index.extra_for_uv({own: "https://b.invalid"}) == {}
 
 
-def test_working_without_an_index_is_told_to_uv(pip_conf: Path) -> None:
+def test_working_without_an_index_is_understood(pip_conf: Path) -> None:
     pip_conf.write_text("[install]\nno-index = true\nfind-links = /wheels\n")
-    assert told() == {"UV_FIND_LINKS": "/wheels"}
+    assert translated() == {"UV_FIND_LINKS": "/wheels"}
     assert package_index.no_index({})
     assert not package_index.no_index({"PIP_NO_INDEX": "0"})
     pip_conf.write_text("")
@@ -97,7 +97,7 @@ def test_every_way_in_which_pip_says_yes_is_understood(value: str, offline: bool
 
 
 def test_a_folder_below_the_users_home_is_found(pip_conf: Path, tmp_path: Path) -> None:
-    assert told(PIP_FIND_LINKS="~/wheels")["UV_FIND_LINKS"] == str(tmp_path / "user" / "wheels")
+    assert translated(PIP_FIND_LINKS="~/wheels")["UV_FIND_LINKS"] == str(tmp_path / "user" / "wheels")
 
 
 def test_the_section_for_installing_wins_over_the_general_one_as_in_pip(
@@ -108,7 +108,7 @@ def test_the_section_for_installing_wins_over_the_general_one_as_in_pip(
     )
     chosen = tmp_path / "chosen.conf"
     chosen.write_text("[global]\nindex-url = https://chosen.invalid\nfind-links = /chosen\n")
-    assert told(PIP_CONFIG_FILE=str(chosen)) == {
+    assert translated(PIP_CONFIG_FILE=str(chosen)) == {
         "UV_DEFAULT_INDEX": "https://install.invalid",
         "UV_FIND_LINKS": "/chosen",
     }
@@ -116,9 +116,9 @@ def test_the_section_for_installing_wins_over_the_general_one_as_in_pip(
 
 def test_no_file_is_read_when_the_user_says_so(pip_conf: Path) -> None:
     pip_conf.write_text("[global]\nfind-links = /wheels\n")
-    assert told(PIP_CONFIG_FILE=os.devnull) == {}
+    assert translated(PIP_CONFIG_FILE=os.devnull) == {}
 
 
 def test_a_file_that_pip_cannot_read_either_is_left_out(pip_conf: Path) -> None:
     pip_conf.write_bytes(b"find-links = /no/section\n\xff")
-    assert told(PIP_FIND_LINKS="/wheels") == {"UV_FIND_LINKS": "/wheels"}
+    assert translated(PIP_FIND_LINKS="/wheels") == {"UV_FIND_LINKS": "/wheels"}

@@ -37,24 +37,26 @@ def test_a_profiles_data_decides_which_precisions_are_taken(
 ) -> None:
     chosen = choose(monkeypatch, profile, device, macos)
     for precision in ("no", "fp16", "bf16"):
-        asked = msgspec.structs.replace(chosen, mixed_precision=precision)
+        with_precision = msgspec.structs.replace(chosen, mixed_precision=precision)
         if precision in allowed:
-            accelerate_config.check_precision(asked)
+            accelerate_config.check_precision(with_precision)
         else:
             with pytest.raises(UsageError, match=f"'{precision}' does not work on {device}"):
-                accelerate_config.check_precision(asked)
+                accelerate_config.check_precision(with_precision)
 
 
-def test_a_macos_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = msgspec.structs.replace(choose(monkeypatch, "latest", "mps", "13.7"), mixed_precision="bf16")
+def test_a_macos_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_precision = msgspec.structs.replace(
+        choose(monkeypatch, "latest", "mps", "13.7"), mixed_precision="bf16"
+    )
     with pytest.raises(UsageError, match=r"needs macOS 14\.0 there, and this is 13\.7"):
-        accelerate_config.check_precision(asked)
+        accelerate_config.check_precision(with_precision)
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [('macos: "15.0"', 'macos: "soon"'), ('bf16: "14.0"', 'bf16: "Sonoma"')]
 )
-def test_a_release_that_cannot_be_meant_is_refused(tmp_path: Path, old: str, new: str) -> None:
+def test_an_invalid_release_is_refused(tmp_path: Path, old: str, new: str) -> None:
     shutil.copytree(settings.CONFIG, tmp_path / "config")
     path = tmp_path / "config" / "profiles" / "latest.yaml"
     path.write_text(path.read_text().replace(old, new))
@@ -81,5 +83,5 @@ def test_the_page_of_profiles_says_what_their_data_says(name: str) -> None:
     versions = lockfile.read(profile.lock_file).versions(lockfile.MAC_ARM64)
     assert rows["lowest macOS"][column] == profile.macos
     assert rows["torch, accelerate"][column] == f"{versions['torch']}, {versions['accelerate']}"
-    said = rows["mixed precision on MPS"][column].split(" (")[0].replace("`", "").split(", ")
-    assert tuple(said) == profile.mixed_precision["mps"]
+    listed = rows["mixed precision on MPS"][column].split(" (")[0].replace("`", "").split(", ")
+    assert tuple(listed) == profile.mixed_precision["mps"]

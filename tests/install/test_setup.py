@@ -119,7 +119,7 @@ def test_a_new_lock_is_built_beside_the_old_one_which_is_kept(settings: Settings
     assert generations.present(Installation(settings.home))[1:] == [second]
 
 
-def test_somebody_elses_environment_is_only_moved_when_asked(settings: Settings) -> None:
+def test_somebody_elses_environment_is_only_moved_on_request(settings: Settings) -> None:
     (settings.home / "venv").mkdir(parents=True)
     (settings.home / "venv" / "theirs").write_text("theirs")
     report = setup(settings, UNVERIFIED)
@@ -151,7 +151,9 @@ def test_what_cannot_end_well_is_refused_before_anything_is_touched(
     assert not settings.home.exists()
 
 
-def test_the_disk_and_python_matter_only_where_something_is_built_from_nothing(settings: Settings) -> None:
+def test_the_disk_and_python_matter_only_where_something_is_built_for_the_first_time(
+    settings: Settings,
+) -> None:
     """A rebuild takes its files from uv's cache: it needs no room for downloads."""
     setup(settings, UNVERIFIED)
     big = msgspec.structs.replace(settings.profile, disk_gb={"darwin": 1e6, "linux": 1e6})
@@ -264,7 +266,7 @@ def test_nothing_is_verified_trained_or_configured_without_an_installation(
             step()
 
 
-def test_the_configuration_is_written_anew_and_the_receipt_follows(settings: Settings) -> None:
+def test_the_configuration_is_written_again_and_the_receipt_follows(settings: Settings) -> None:
     setup(settings, UNVERIFIED)
     generation = installed(Installation(settings.home))
     generation.accelerate_config.write_text("use_cpu: true\n")
@@ -276,7 +278,7 @@ def test_the_configuration_is_written_anew_and_the_receipt_follows(settings: Set
     assert known.accelerate_config == receipt.config_digest(generation)
 
 
-def test_the_environment_alone_is_renewed_with_its_configuration(settings: Settings, small: Small) -> None:
+def test_the_environment_alone_is_rebuilt_with_its_configuration(settings: Settings, small: Small) -> None:
     setup(settings, UNVERIFIED)
     first = installed(Installation(settings.home))
     new_lock(small, "1.1")

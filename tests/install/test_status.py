@@ -32,14 +32,14 @@ def test_a_good_installation_has_no_drift_and_looking_changes_nothing(
     report = status(settings)
     assert snapshot(settings.home) == before
     assert report.ok
-    assert set(warned(report)) == {"smoke check", "training step"}  # neither was asked for
+    assert set(warned(report)) == {"smoke check", "training step"}  # neither was requested
     details = {check.name: check.detail for check in report.checks}
     assert details["kohya_ss"] == upstream.commit
     assert details["sd-scripts"] == upstream.sd_scripts_commit
     assert "3 packages as they were installed" in details["environment"]
 
 
-def test_nothing_installed_is_told_with_the_command(settings: Settings, tmp_path: Path) -> None:
+def test_a_bare_home_fails_with_the_command_that_installs(settings: Settings, tmp_path: Path) -> None:
     bare = msgspec.structs.replace(settings, home=tmp_path / "bare")
     report = status(bare)
     assert set(failed(report)) == {"checkout", "environment"}
@@ -60,7 +60,7 @@ def _move_submodule(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "row", "said", "fix"),
+    ("change", "row", "message", "fix"),
     [
         (lambda s: _core(s).unlink(), "package plain", "changed or deleted", "invoke setup"),
         (_stray, "package sitecustomize.py", "belongs to no package", "invoke setup"),
@@ -76,26 +76,26 @@ def _move_submodule(settings: Settings) -> None:
     ],
 )  # fmt: skip
 def test_each_drift_is_a_row_with_the_command_that_repairs_it(
-    change: Callable[[Settings], object], row: str, said: str, fix: str, settings: Settings
+    change: Callable[[Settings], object], row: str, message: str, fix: str, settings: Settings
 ) -> None:
     change(settings)
     report = status(settings)
     assert set(failed(report)) == {row}
-    assert said in failed(report)[row].detail
+    assert message in failed(report)[row].detail
     assert fix in failed(report)[row].fix
     if fix == "invoke setup":
         assert setup(settings, UNVERIFIED).ok
         assert status(settings).ok
 
 
-def test_an_environment_of_somebody_elses_is_told(settings: Settings) -> None:
+def test_an_environment_of_somebody_elses_fails(settings: Settings) -> None:
     home = Installation(settings.home)
     home.venv.unlink()
     home.venv.mkdir()
     assert "not built by this project" in failed(status(settings))["environment"].detail
 
 
-def test_an_interpreter_that_is_gone_is_told(settings: Settings, tmp_path: Path) -> None:
+def test_an_interpreter_that_is_gone_fails(settings: Settings, tmp_path: Path) -> None:
     generation = installed(Installation(settings.home))
     theirs = tmp_path / "python"
     theirs.symlink_to(generation.python.readlink())
@@ -144,7 +144,7 @@ def test_a_new_lock_an_interrupted_build_and_an_edited_default_are_warnings(
     assert "was removed" in warned(status(settings))["accelerate default"].detail
 
 
-def test_a_run_in_progress_is_told_with_its_process(settings: Settings) -> None:
+def test_a_run_in_progress_is_a_warning_with_its_process(settings: Settings) -> None:
     with exclusive_lock(Installation(settings.home)):
         # Nothing of what it has not finished yet is taken for the rest of a killed run.
         (Installation(settings.home).generations / "half").mkdir()

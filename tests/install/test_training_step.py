@@ -294,7 +294,7 @@ def test_sd_scripts_own_network_gets_no_algorithm_and_lycoris_gets_one(network: 
         ]
 
 
-def test_the_trainer_is_told_the_precision_the_steps_and_the_optimizers_rate(tmp_path: Path) -> None:
+def test_the_trainer_gets_the_precision_the_steps_and_the_optimizers_rate(tmp_path: Path) -> None:
     def value(arguments: list[str], option: str) -> str:
         return arguments[arguments.index(option) + 1]
 

@@ -33,15 +33,15 @@ def test_everything_that_was_installed_goes(done: Settings, capsys: pytest.Captu
     assert report.ok
     assert not done.home.exists()
     assert not accelerate_config.default_location().exists()
-    said = capsys.readouterr().err
-    assert "This will be removed:" in said
+    printed = capsys.readouterr().err
+    assert "This will be removed:" in printed
     for path in (
         done.home,
         Installation(done.home).venv,
         Installation(done.home).state,
         accelerate_config.default_location(),
     ):
-        assert str(path) in said
+        assert str(path) in printed
 
 
 def test_nothing_installed_is_no_error(settings: Settings) -> None:
@@ -103,7 +103,7 @@ def branched(home: Path) -> None:
 
 
 @pytest.mark.parametrize("things", [untracked, ignored, in_submodule, changed, stashed, branched])
-def test_what_is_the_users_stays_even_when_nobody_is_asked(
+def test_what_is_the_users_stays_even_without_confirmation(
     things: object, done: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert callable(things)
@@ -146,9 +146,7 @@ def test_a_foreign_environment_in_the_home_stays(done: Settings) -> None:
     assert (home.venv / "theirs").read_text() == "theirs"
 
 
-def test_nobody_to_ask_is_refused_and_removes_nothing(
-    done: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_terminal_to_ask_on_it_is_refused(done: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     with pytest.raises(UsageError, match="--yes"):
         uninstall(done)
@@ -158,7 +156,7 @@ def test_nobody_to_ask_is_refused_and_removes_nothing(
 @pytest.mark.parametrize(
     ("answer", "removed"), [("y\n", True), ("yes\n", True), ("n\n", False), ("\n", False), ("", False)]
 )
-def test_a_person_is_asked(
+def test_a_person_has_to_confirm(
     answer: str, removed: bool, done: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):

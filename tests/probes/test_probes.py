@@ -98,5 +98,5 @@ def test_the_list_covers_what_the_real_trainers_import(tmp_path: Path) -> None:
         if name not in listed | own and name not in sys.stdlib_module_names
     }
     assert missing == {}
-    # And the optimizers that are imported only when they are asked for.
+    # And the optimizers that are imported only when they are used.
     assert {"lion_pytorch", "prodigyopt", "schedulefree", "pytorch_optimizer"} <= listed

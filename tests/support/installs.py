@@ -91,7 +91,7 @@ def make_upstream(root: Path, submodule_url: str | None = None) -> Upstream:
 
 
 def stand_in_python(generation: Generation, source: str) -> None:
-    """Make a generation whose interpreter runs this program, whatever it is asked to run.
+    """Make a generation whose interpreter runs this program, whatever script it is started with.
 
     It gets the command line of the real one: ``sys.argv[1:]`` has the options, the script
     and its arguments.

@@ -1,7 +1,7 @@
 """A lock with a stand-in of accelerate: enough for set-up's own steps, without gigabytes.
 
-It takes the place of accelerate's command line and configuration helper only. What the real
-ones do is tested in the real environment.
+It replaces accelerate's command line and configuration helper only. The real ones are
+tested in the real environment.
 """
 
 from __future__ import annotations
