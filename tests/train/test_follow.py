@@ -146,3 +146,27 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["finished", ""])
+def test_ctrl_c_in_a_training_that_ends_anyway_reports_how_it_ended(tmp_path: Path, how: str) -> None:
+    run = made(tmp_path, process=killed_process())
+    child = subprocess.Popen(["sleep", "60"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        _until(run.stop_file.exists)
+        if how:
+            end(run, how, 30)
+        child.kill()
+
+    threading.Timer(0.5, interrupt).start()
+    try:
+        if how:
+            assert follow.own_training(run, child).extra["state"] is State.FINISHED
+        else:
+            with pytest.raises(Stopped, match="was interrupted"):
+                follow.own_training(run, child)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -188,3 +188,23 @@ def test_a_run_of_version_0_1_0_is_read_and_can_be_resumed(world: World) -> None
     assert [step.step for step in found.steps()] == [1, 2, 3, 4]
     assert found.record().commits is not None
     assert runs.resumable(found).step == 4
+
+
+def test_a_zombie_does_not_run(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    run = made(tmp_path, process=Process.of(child.pid))
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+    assert run.state() is State.DIED
+    child.wait()
+
+
+def test_a_launcher_that_has_not_noticed_its_killed_trainer_is_waited_for(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(["sleep", "1"])
+    run = made(tmp_path, process=Process.of(launcher.pid))
+    begin(run, pid=killed_process().pid)
+    save_state(run, "cat-step00000003-state", 3)
+
+    assert runs.resumable(run).step == 3
+    launcher.wait()

@@ -16,7 +16,7 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device
 from kohya_mps.core.settings import Settings
 from kohya_mps.train import runs, start
-from kohya_mps.train.runs import State
+from kohya_mps.train.runs import Ended, State
 from kohya_mps.train.start import TrainOptions
 from tests.support.reports import failed
 from tests.support.stand_in_trainer import DIE, received, stand_in
@@ -208,3 +208,54 @@ def test_a_run_of_version_0_1_0_is_resumed_to_its_end(installation: Settings, wo
     words, directory, _ = received(run)
     assert words[words.index("--output_name") + 1] == "old_cat"
     assert directory == str(world.root)
+
+
+def test_the_record_says_what_the_training_was_started_with(installation: Settings, world: World) -> None:
+    stand_in(installation)
+
+    start.train(installation, world.toml(output_name="whiskers"), TrainOptions())
+
+    record = runs.find(world.root).record()
+    assert (record.name, record.family, record.trainer) == ("whiskers", "sd15", "train_network.py")
+    assert (record.settings, record.base) == (str(world.root / "train.toml"), str(world.root))
+    assert (record.profile, record.lock, record.generation) == (installation.profile_name, "lock", "one")
+    assert record.expected_device == expected_device()
+    assert record.command[-1] == str(runs.find(world.root).tensorboard)
+
+
+def test_without_an_output_name_the_lora_has_the_name_of_the_directory(
+    installation: Settings, world: World
+) -> None:
+    stand_in(installation)
+
+    start.train(installation, world.toml(), TrainOptions())
+
+    assert runs.find(world.root).record().name == world.root.name
+
+
+def test_a_damaged_base_model_is_refused(installation: Settings, world: World) -> None:
+    world.safetensors(world.model, cut=2)
+
+    with pytest.raises(UsageError, match="pretrained_model_name_or_path"):
+        start.train(installation, world.toml(), TrainOptions())
+
+
+def test_a_run_that_is_resumed_in_another_environment_says_so(
+    installation: Settings, world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made_by_0_1_0(world.root, world.toml(), world.model)
+    stand_in(installation)
+
+    start.train(installation, world.root, TrainOptions(resume=True))
+
+    assert "began in 20260101-000000-validated and continues in one" in capfd.readouterr().err
+
+
+def test_a_resumed_run_has_no_end_of_the_first_part(installation: Settings, world: World) -> None:
+    run = made_by_0_1_0(world.root, world.toml(), world.model)
+    stand_in(installation)
+
+    start.train(installation, world.root, TrainOptions(resume=True, detach=True))
+
+    assert not run.stop_file.exists()
+    assert run.ended() is None or run.ended() != Ended(State.STOPPED, 4)
