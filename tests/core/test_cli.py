@@ -135,19 +135,19 @@ def test_an_error_of_a_file_without_a_name_names_none(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("error: The disk is full\n")
 
 
-def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """The little that is left in the buffer must not be written when the interpreter ends."""
     code = """
 from kohya_mps.core import cli
-from kohya_mps.core.report import Check, Report, Status
-cli.run_task(lambda: Report("", tuple(Check("n", Status.PASS, "d" * 100) for _ in range(5000))), json=True)
+from kohya_mps.core.report import Report
+cli.run_task(lambda: Report("", ()), json=True)
 """
     reader, writer = os.pipe()
+    os.close(reader)
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=writer, stderr=subprocess.PIPE
     )
     os.close(writer)
-    os.read(reader, 10)
-    os.close(reader)
     _, error = process.communicate()
     assert (process.returncode, error) == (0, b"")
 
