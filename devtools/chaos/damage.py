@@ -39,12 +39,12 @@ def _assert_survives(testbed: Testbed, tree: Path, damage: Callable[[Path], obje
     mine.write_bytes(changed)
     untracked.write_bytes(b"mine")
     damage(tree)
-    ran, report = testbed.report("setup", "--no-train-step")
+    ran, report = testbed.report(*testbed.quick_setup)
     expect(mine.read_bytes() == changed, f"{listed[0]} was overwritten: {ran.last_lines}")
     row = report.check("checkout")
     named = row is not None and row.status is Status.FAIL and listed[0] in row.detail
     expect(ran.code == 1 and named, f"the changed file was not named ({ran.code}): {ran.last_lines}")
-    testbed.invoke("setup", "--no-train-step", "--stash").assert_code(0, "with --stash it")
+    testbed.invoke(*testbed.quick_setup, "--stash").assert_code(0, "with --stash it")
     stashed = capture(["git", "-C", tree, "stash", "show", "--patch"]).stdout
     expect("+# mine" in stashed, "the stash does not hold the change")
     expect(untracked.read_bytes() == b"mine", "the user's own file is gone")
@@ -157,7 +157,7 @@ def lock_wrong(testbed: Testbed) -> Row:
             good = testbed.lock.read_text(encoding="utf-8")
             testbed.lock.write_text(wrong_digest(good, package), encoding="utf-8")
             try:
-                ran, _ = testbed.report("setup", "--no-train-step")
+                ran, _ = testbed.report(*testbed.quick_setup)
             finally:
                 testbed.lock.write_text(good, encoding="utf-8")
             ran.assert_code(1)

@@ -160,7 +160,7 @@ def network_git(testbed: Testbed) -> Row:
 
 def _stalled_checkout(testbed: Testbed, url: str) -> None:
     testbed.remove()
-    ran, report = testbed.report("setup", "--no-train-step", KOHYA_REPO_URL=url)
+    ran, report = testbed.report(*testbed.quick_setup, KOHYA_REPO_URL=url)
     row = report.check("checkout")
     expect(ran.code == 1 and row and row.status is Status.FAIL, f"ended with {ran.code}: {ran.last_lines}")
     expect(row and url in row.detail, f"does not name the address: {row}")
@@ -181,6 +181,8 @@ def only_index(port: int) -> dict[str, str]:
         # Other sources that the machine has might answer.
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_FIND_LINKS": "",
+        "UV_FIND_LINKS": "",
+        "UV_OFFLINE": "0",
         "PIP_EXTRA_INDEX_URL": "",
     }
 
@@ -193,7 +195,7 @@ def network_index(testbed: Testbed) -> Row:
             testbed.remove()
             empty = testbed.root / "empty-cache"
             variables = only_index(port)
-            ran, report = testbed.report("setup", "--no-train-step", UV_CACHE_DIR=str(empty), **variables)
+            ran, report = testbed.report(*testbed.quick_setup, UV_CACHE_DIR=str(empty), **variables)
             ran.assert_code(1)
             failed = report.status("environment") is Status.FAIL and report.status("checkout") is Status.PASS
             expect(failed, f"not the environment alone failed: {ran.last_lines}")

@@ -159,9 +159,14 @@ class Testbed:
         path.write_text(text, encoding="utf-8")
 
     @property
+    def quick_setup(self) -> tuple[str, ...]:
+        """A set-up without the training step, which takes most of its time."""
+        return ("setup", "--no-train-step")
+
+    @property
     def setup_command(self) -> tuple[str, ...]:
         """What a user types behind ``invoke``; a stand-in for kohya_ss has no trainer to run."""
-        return ("setup",) if self.real else ("setup", "--no-train-step")
+        return ("setup",) if self.real else self.quick_setup
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """Start ``invoke``; its children outlive it when it is killed, as they would a user's."""
@@ -221,7 +226,7 @@ class Testbed:
 
     def assert_recovers(self) -> None:
         """Check that one rerun ends good and leaves nothing behind."""
-        ran, report = self.report("setup", "--no-train-step")
+        ran, report = self.report(*self.quick_setup)
         expect(ran.code == 0 and report.ok, f"the rerun ended with {ran.code}: {ran.last_lines}")
         self.assert_healthy()
 

@@ -45,6 +45,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def make_lock(lock: Path, house: Path, version: str = "1.0") -> None:
     """Wheels in ``house`` and their lock; another version makes another lock."""
     accelerate = {
+        "accelerate/accelerator.py": b"",
         "accelerate/utils.py": _UTILS,
         "accelerate/commands/__init__.py": b"",
         "accelerate/commands/accelerate_cli.py": _LAUNCH,

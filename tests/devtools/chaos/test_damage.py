@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from devtools.chaos import damage
-from devtools.chaos.testbed import REBUILD, Testbed
+from devtools.chaos.testbed import REBUILD, Row, Testbed
 from kohya_mps.core.errors import UsageError
 from kohya_mps.install import checkout, generations
 from tests.support.installs import Upstream, git, make_settings
@@ -64,3 +65,19 @@ def test_only_the_digests_of_one_package_are_made_wrong() -> None:
     assert "1" * 64 not in changed
     assert changed.endswith(f"two==1 --hash=sha256:{'2' * 64}\n")
     assert len(changed) == len(lock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [damage.file_deleted, damage.lock_wrong, damage.clock_back])
+def test_a_fault_is_survived_in_every_try(fault: Callable[[Testbed], Row], stand_in: Testbed) -> None:
+    row = fault(stand_in)
+    assert row.survived == row.tries > 0, row.failures
+
+
+@pytest.mark.slow
+def test_a_damaged_checkout_with_a_change_of_the_users_is_survived(
+    stand_in: Testbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(damage, "DAMAGES", {"HEAD emptied": damage.DAMAGES["HEAD emptied"]})
+    row = damage.checkout_damaged(stand_in)
+    assert (row.tries, row.survived) == (2, 2), row.failures

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from devtools.chaos import faults
 from devtools.chaos.testbed import CannotTry, NotSurvived, Row, Testbed
+from kohya_mps.core import settings
 from kohya_mps.core.report import Status
 
 
@@ -51,3 +54,30 @@ def test_a_preparation_that_fails_is_a_failure_and_the_next_fault_begins_anew(te
     assert check.status is Status.FAIL
     assert "no installation" in check.detail
     assert not testbed.home.root.exists()
+
+
+def test_the_session_tries_the_selected_faults_on_their_testbeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "SANDBOX", tmp_path / "nox" / "install")
+    tried: list[tuple[str, str]] = []
+
+    def fault(name: str) -> Callable[[Testbed], Row]:
+        def run(testbed: Testbed) -> Row:
+            tried.append((name, testbed.lock.stem))
+            assert (testbed.project / "tasks.py").is_file()
+            return Row(name, 2, 1 if name == "small" else 2, "everything")
+
+        return run
+
+    known = {
+        "real": faults.Fault(fault("real")),
+        "small": faults.Fault(fault("small"), small=True),
+        "other": faults.Fault(fault("other")),
+    }
+    monkeypatch.setattr(faults, "table", lambda _options: known)
+    report = faults.run(settings.load(), faults.ChaosOptions(only=("real", "small")))
+    assert tried == [("real", settings.load().profile.lock), ("small", "small")]
+    assert [check.status for check in report.checks] == [Status.PASS, Status.FAIL]
+    assert report.summary[-1] == "3 of 4 tries survived."
+    assert not list((tmp_path / "nox").iterdir())

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from devtools.chaos import kills
 from devtools.chaos.kills import Moment, Timeline
-from devtools.chaos.testbed import REBUILD, NotSurvived, Testbed
+from devtools.chaos.testbed import REBUILD, NotSurvived, Row, Testbed
 from kohya_mps.install import checkout, generations
 from tests.support.installs import Upstream
 
@@ -109,3 +111,12 @@ def test_an_undisturbed_run_that_fails_is_no_timeline(testbed: Testbed) -> None:
     testbed.environ["KOHYA_REPO_URL"] = str(testbed.root / "gone")
     with pytest.raises(NotSurvived, match="an undisturbed run"):
         kills.reference(testbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [kills.kills_rebuild, kills.pairs])
+def test_kills_of_a_rebuild_and_two_runs_at_once_are_survived(
+    fault: Callable[[Testbed, int], Row], stand_in: Testbed
+) -> None:
+    row = fault(stand_in, 2)
+    assert row.survived == row.tries >= 2, row.failures

@@ -14,7 +14,7 @@ from tests.support.installs import Upstream
 def test_an_index_that_stops_answering_fails_in_time_and_leaves_nothing(
     answer: network.Answer, testbed: Testbed
 ) -> None:
-    variables = {"UV_CACHE_DIR": str(testbed.root / "empty"), "UV_OFFLINE": "0", "UV_FIND_LINKS": ""}
+    variables = {"UV_CACHE_DIR": str(testbed.root / "empty")}
     with network.serving(answer) as port:
         ran = testbed.python(REBUILD, **variables, **network.only_index(port))
 
@@ -44,3 +44,9 @@ def test_a_git_server_that_stops_half_way_fails_in_time_and_the_rerun_ends_good(
     assert f"sent nothing for {STALL_SECONDS:g} seconds" in ran.err
     assert testbed.invoke("clone").code == 0
     testbed.assert_no_leftovers()
+
+
+@pytest.mark.slow
+def test_the_fault_of_a_silent_index_is_survived(stand_in: Testbed) -> None:
+    row = network.network_index(stand_in)
+    assert (row.tries, row.survived) == (2, 2), row.failures
