@@ -7,7 +7,7 @@ import pytest
 
 from devtools.bench import installing
 from kohya_mps.core.errors import UsageError
-from tests.support.installs import make_settings
+from tests.support.installs import Small, make_settings
 
 
 def test_a_file_with_several_names_counts_once(tmp_path: Path) -> None:
@@ -29,3 +29,11 @@ def test_without_an_installation_it_says_what_brings_one(tmp_path: Path) -> None
     with pytest.raises(UsageError) as refusal:
         installing.nothing_to_do(make_settings(tmp_path / "home"), tmp_path, 1)
     assert "invoke setup" in refusal.value.fix
+
+
+def test_a_second_environment_of_the_same_lock_shares_its_files(small: Small, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (comparison,) = installing.second_generation(small.settings, scratch, 1)
+    assert comparison.unit == "MB"
+    assert 0 <= comparison.ours < comparison.bare
