@@ -86,7 +86,9 @@ def test_the_configuration_of_the_verification_keeps_one_process(here: Settings)
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (ProcessLayout(processes=0), "--processes"),
+        (ProcessLayout(processes=0), "--processes and --machines"),
+        (ProcessLayout(machines=0), "--processes and --machines"),
+        (ProcessLayout(machines=2, address="a", port=0), "--main-port"),
         (ProcessLayout(machines=2, rank=2, address="a"), "--machine-rank: 2 of 2"),
         (ProcessLayout(machines=2), "--main-address"),
         (ProcessLayout(machines=2, address="a", port=70_000), "--main-port"),

@@ -10,11 +10,11 @@ from kohya_mps.core.errors import Busy, StepFailed, UsageError
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.run_lock import exclusive_lock
-from kohya_mps.core.settings import Settings
+from kohya_mps.core.settings import GUI_PRESETS, Settings
 from kohya_mps.install import accelerate_config
 from kohya_mps.install.checkout import clone
-from kohya_mps.install.setup import setup
-from kohya_mps.install.uninstall import uninstall
+from kohya_mps.install.setup import installed, setup
+from kohya_mps.install.uninstall import uninstall, user_files
 from tests.support.installs import Upstream, git, running_as
 from tests.support.standin import UNVERIFIED
 
@@ -170,6 +170,24 @@ def test_a_person_has_to_confirm(
         with pytest.raises(StepFailed, match="nothing was removed"):
             uninstall(done)
     assert done.home.exists() is not removed
+
+
+def test_a_default_configuration_of_ours_goes_even_without_a_receipt(done: Settings) -> None:
+    installed(Installation(done.home)).receipt.unlink()
+    assert uninstall(done, yes=True).ok
+    assert not accelerate_config.default_location().exists()
+
+
+def test_our_presets_and_what_is_derived_are_not_the_users(done: Settings) -> None:
+    presets = done.home / "presets"
+    presets.mkdir()
+    (presets / "ours.json").symlink_to(GUI_PRESETS / "ours.json")
+    (done.home / "setup.log").touch()
+    (done.home / "docs" / "__pycache__").mkdir()
+    (done.home / "docs" / "__pycache__" / "x.pyc").touch()
+    assert user_files(Installation(done.home)) == []
+    (presets / "mine.json").symlink_to(done.home / "kohya_gui.py")
+    assert user_files(Installation(done.home)) == ["presets/mine.json"]
 
 
 def test_a_clone_alone_can_be_removed(settings: Settings) -> None:
