@@ -76,6 +76,7 @@ def test_the_pictures_of_an_epoch_are_those_of_all_sets() -> None:
         ({"save_every_n_epochs": 1, "save_last_n_epochs": 9}, 1000, 5, 5),
         ({"save_n_epoch_ratio": 5}, 1000, 10, 5),
         ({"save_n_epoch_ratio": 50}, 1000, 10, 10),
+        ({"save_n_epoch_ratio": 4}, 1000, 10, 5),
         ({"save_n_epoch_ratio": -1}, 1000, 10, 1),
         ({"save_n_epoch_ratio": 5, "save_every_n_epochs": 1}, 1000, None, 1),
         ({"save_n_epoch_ratio": 0, "save_every_n_epochs": 1}, 1000, 10, 10),

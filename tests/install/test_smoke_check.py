@@ -7,7 +7,7 @@ import pytest
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Status
-from kohya_mps.core.settings import load_gui
+from kohya_mps.core.settings import PROBES, load_gui
 from kohya_mps.install import smoke_check
 from kohya_mps.install.generations import Generation, Manifest
 from kohya_mps.install.inventory import Inventory
@@ -16,8 +16,11 @@ from tests.support.reports import failed
 
 # Stands in for the trainer's interpreter with the probe: keeps the request, writes these rows.
 PROBE = """
-import json, pathlib, shutil, sys
-request, result = sys.argv[-2:]
+import json, os, pathlib, shutil, sys
+script, request, result = sys.argv[-3:]
+assert script == {script!r}
+assert pathlib.Path.cwd() == pathlib.Path(request).parent == pathlib.Path(result).parent
+assert os.environ["HF_HUB_OFFLINE"] == os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
 assert sys.argv[1:5] == ["-P", "-m", "accelerate.commands.accelerate_cli", "launch"], sys.argv
 shutil.copy(request, {kept!r})
 rows = {rows!r}
@@ -44,7 +47,9 @@ def generation(small: Small) -> Generation:
 
 def probe(generation: Generation, rows: list[dict[str, object]] | None, code: int = 0) -> None:
     kept = str(generation.path / "kept.json")
-    stand_in_python(generation, PROBE.format(kept=kept, rows=rows, code=code))
+    stand_in_python(
+        generation, PROBE.format(script=str(PROBES / "smoke.py"), kept=kept, rows=rows, code=code)
+    )
 
 
 def test_every_check_of_the_probe_is_a_row_and_the_device_is_named(
@@ -53,6 +58,8 @@ def test_every_check_of_the_probe_is_a_row_and_the_device_is_named(
     probe(generation, GOOD)
     report = smoke_check.run(small.settings, generation)
     assert report.ok
+    assert report.title == "Smoke check"
+    assert 0 < report.extra["seconds"] == round(report.extra["seconds"], 1)
     assert [(check.name, check.detail) for check in report.checks] == [
         (each["name"], each["detail"]) for each in GOOD
     ]
@@ -78,7 +85,9 @@ def test_a_probe_that_exits_with_an_error_or_leaves_no_result_fails(
 ) -> None:
     probe(generation, rows, code)
     report = smoke_check.run(small.settings, generation)
+    assert report.title == "Smoke check"
     assert [(check.name, check.status) for check in report.checks] == [("start", Status.FAIL)]
+    assert "invoke setup" in report.checks[0].fix
     assert report.checks[0].detail == f"the probe exited with {code}: the last line"
     assert report.extra["device"] is None
     assert not (generation.path / "smoke").exists()
