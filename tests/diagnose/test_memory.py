@@ -86,6 +86,8 @@ def test_lora_files_have_the_size_that_they_have() -> None:
         (lycoris("algo=lokr", network_dim=2), "", 2_600_000 // 16),
         (lycoris("algo=lokr", "factor=8", network_dim=2), "", 2_600_000 // 8),
         (lycoris("algo=lokr", "factor=8", network_dim=100_000), "", 1_100_000_000 // 64),
+        (lycoris("algo=lokr", "factor=7", network_dim=2), "", 2_600_000 // 7),
+        (lycoris("algo=lokr", "factor=7", network_dim=100_000), "", 1_100_000_000 // 49),
         (lycoris("algo=lokr", network_dim=-2), "", 0),
         (TrainerOptions(), "train_db.py", 1_100_000_000),
         (TrainerOptions(), "sdxl_train_textual_inversion.py", 0),

@@ -44,6 +44,9 @@ else:
     print("accelerator device: {device}")
     print("it runs in", os.getcwd())
     print("with", *sys.argv[7:9])
+    assert {run!r} in sys.argv
+    model = next(argument for argument in sys.argv if argument.endswith("/model"))
+    print("on", (pathlib.Path(model).parent / "kind").read_text())
     print("the last line")
     sys.exit({exit})
 """
@@ -138,6 +141,10 @@ def test_a_training_that_did_not_train_fails(lora: TrainedLora, name: str, log: 
     assert (str(log) if name == "losses" else "the optimizer") in failed(report)[name].fix
 
 
+def test_one_trained_weight_of_one_is_enough(log: Path) -> None:
+    assert judge(ENDED, msgspec.structs.replace(GOOD, zero_start=1, trained=1), log, OPTIONS).ok
+
+
 def test_a_single_step_has_no_pace(log: Path) -> None:
     lora = msgspec.structs.replace(GOOD, seconds_per_step=None)
     assert detail(judge(ENDED, lora, log, OPTIONS), "pace") == "peak memory 2.00 GB"
@@ -215,6 +222,7 @@ def test_the_trainer_is_run_and_judged(
     assert log.read_text().splitlines()[1:] == [
         f"it runs in {scripts}",
         f"with {PROBES / 'small_trainer.py'} {scripts / 'train_network.py'}",
+        "on sd15 small",
         "the last line",
     ]
     assert "the last line" not in capfd.readouterr().err, "only the progress is shown"
@@ -294,12 +302,17 @@ def test_a_model_is_made_once_and_again_when_a_file_of_it_is_damaged(
     weights.unlink()
     training_step.prepare_model(generation, tmp_path, "sd15", "small")
     assert weights.read_text() == "random"
+    (model / "digests.json").write_text("[]")
+    training_step.prepare_model(generation, tmp_path, "sd15", "small")
+    assert "weights" in (model / "digests.json").read_text()
 
 
-def test_a_model_that_cannot_be_made_leaves_no_part_of_it(generation: Generation, tmp_path: Path) -> None:
-    stand_in_python(
-        generation, "import pathlib, sys\npathlib.Path(sys.argv[2]).mkdir(parents=True)\nsys.exit('no torch')"
-    )
+@pytest.mark.parametrize("begun", ["pathlib.Path(sys.argv[2]).mkdir(parents=True)", ""])
+def test_a_model_that_cannot_be_made_leaves_no_part_of_it(
+    begun: str, generation: Generation, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    stand_in_python(generation, f"import pathlib, sys\n{begun}\nsys.exit('no torch')")
     with pytest.raises(StepFailed, match="no torch") as caught:
         training_step.prepare_model(generation, tmp_path, "sd15", "small")
     assert "invoke setup" in caught.value.fix
@@ -327,6 +340,7 @@ def test_a_full_size_model_is_not_kept(
     assert report.ok
     said = Path(report.extra["log"]).read_text()
     assert f"with {checkout / 'sd-scripts' / 'train_network.py'} --pretrained" in said, "not by the small one"
+    assert "on sd15 full" in said
     assert list((work / "models").iterdir()) == []
 
 

@@ -53,7 +53,11 @@ def test_a_finished_run_is_good_and_has_its_figures(run: Run) -> None:
     assert report.extra["device"] == "cpu"
     assert report.extra["losses"] == [1 / n for n in range(1, 31)]
     assert report.extra["lora"] == str(run.output / "cat.safetensors")
-    assert f"invoke report {run.path}" in report.summary
+    assert detail(report, "LoRA") == f"{run.output / 'cat.safetensors'} (0.00 MB)"
+    assert report.title == f"Run {run.path}"
+    assert report.extra["run"] == str(run.path)
+    assert report.extra["log"] == str(run.log)
+    assert report.summary == ("", f"invoke report {run.path}", f"invoke test-lora {run.path}")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,8 @@ def test_a_run_that_is_running_is_good_and_says_where_it_is(tmp_path: Path) -> N
 
     assert report.ok
     assert detail(report, "training") == "running, at step 7 of 40"
+    assert row(report, "training").status is Status.PASS
+    assert report.extra["lora"] is None
 
 
 def test_a_stopped_run_is_good_and_says_how_to_resume(run: Run) -> None:
@@ -170,6 +176,7 @@ def test_a_loss_that_ended_the_run_is_explained(run: Run) -> None:
     ("error", "message"),
     [
         ("DiskFull: /x has 3 MB left; the checkpoint needs 9 MB more", "3 MB left"),
+        ("DiskFull: /x: 3 MB left", "/x: 3 MB left"),
         ("OSError: [Errno 28] No space left on device", "No space left"),
     ],
 )
@@ -194,7 +201,7 @@ def test_another_number_of_processes_than_before_is_explained(run: Run) -> None:
 
 
 def test_a_run_that_was_killed_without_a_word_may_have_needed_too_much_memory(run: Run) -> None:
-    run.log.write_text("loading\nsteps: 10%\n")
+    run.log.write_bytes(b"loading \xff\nsteps: 10%\n")
 
     found = failed(outcome.summarize(run))
 
@@ -269,6 +276,7 @@ def test_the_peaks_are_those_of_the_device_that_the_run_was_on(world: World) -> 
 
     assert on_cpu != on_mps
     assert out_of_memory(world, begun="mps:0", **large) == on_mps
+    assert out_of_memory(world, begun="mps", **large) == on_mps
     assert out_of_memory(world, begun="cpu", expected="mps", **large) == on_cpu
 
 
