@@ -16,7 +16,7 @@ from kohya_mps.core import machine, settings
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import Settings
-from kohya_mps.install import setup, training_step
+from kohya_mps.install import generations, setup, training_step
 from kohya_mps.install.generations import Generation
 
 pytestmark = pytest.mark.environment
@@ -36,7 +36,7 @@ def apart() -> Settings:
 def generation(apart: Settings) -> Generation:
     report = sandbox.run_smoke_check(apart)
     assert report.ok, report.checks
-    return setup.installed(Installation(apart.home))
+    return generations.installed(Installation(apart.home))
 
 
 @pytest.fixture

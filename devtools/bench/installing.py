@@ -12,7 +12,7 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import uv
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import environment, lockfile
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import installed
 
 from .comparison import Comparison, medians, own_environ, run_command, tool
 

@@ -15,7 +15,7 @@ from kohya_mps.core.process import RUN_MARK, end_leftovers, stream
 from kohya_mps.core.settings import ROOT, Settings
 from kohya_mps.gui.address import LOOPBACK, Address
 from kohya_mps.install import accelerate_launch
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import installed
 
 from .comparison import Comparison, medians, own_environ, tool
 

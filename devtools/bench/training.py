@@ -17,7 +17,7 @@ from kohya_mps.core.process import ProcessResult
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.install import accelerate_launch, training_step
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import installed
 from kohya_mps.train import runs, start
 
 from .comparison import Comparison, medians, own_environ, run_command, tool

@@ -22,7 +22,7 @@ from kohya_mps.core.report import Report
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import lockfile
 
-from . import damage, disk, kills, network, stand_in
+from . import damage, disk, kills, network, small_repositories
 from .testbed import SMALL, SMALL_PROFILE, CannotTry, NotSurvived, Row, Testbed, end_processes
 
 
@@ -90,7 +90,7 @@ def run(settings: Settings, options: ChaosOptions) -> Report:
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=_on_the_disk_of_uvs_cache()) as directory:
         real = bool(os.environ.get("KOHYA_REPO_URL") and os.environ.get("KOHYA_COMMIT"))
         if not real:
-            settings = stand_in.make(Path(directory), settings)
+            settings = small_repositories.make(Path(directory), settings)
         testbeds = {
             False: _testbed(Path(directory) / "real", settings, real=real),
             True: _small_testbed(Path(directory) / "small", settings, real=real),

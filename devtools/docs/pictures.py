@@ -33,7 +33,7 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.process import capture, uv
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import ROOT
-from kohya_mps.install import setup, training_step
+from kohya_mps.install import generations, training_step
 
 PICTURES = ROOT / "docs" / "pictures"
 MOST_BYTES = {".svg": 100_000, ".png": 200_000}
@@ -175,7 +175,9 @@ def midway(frames: list[str]) -> str:
 def _project(home: Path, environ: dict[str, str]) -> Path:
     """A project with the small random model, eight pictures and settings that fit."""
     installed = Installation(home / "tools" / "kohya_ss")
-    model = training_step.prepare_model(setup.installed(installed), installed.verification, "sd15", "small")
+    model = training_step.prepare_model(
+        generations.installed(installed), installed.verification, "sd15", "small"
+    )
     _draw(home / "Pictures" / "shapes")
     project = home / "shapes"
     typed(

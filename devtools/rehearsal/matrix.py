@@ -26,11 +26,11 @@ from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import PROBES, Settings, profile_names
 from kohya_mps.install import lockfile
 
-from . import operators, runner, table, verdict
+from . import operators, runner, support_page, verdict
 from .record import Record
 from .request import Request
 from .runner import Stage, Training, Trainings
-from .table import Outcomes
+from .support_page import Outcomes
 
 OUTCOMES = operators.DATA / "outcomes.json"
 _PLAIN = ("lora", "AdamW")
@@ -82,7 +82,7 @@ def combinations(known: Trainings, family: str, *, thorough: bool) -> list[Train
     """Networks with optimizers: each with each, or each with the plainest one of the others."""
     network, optimizer = _PLAIN
     return [
-        Training(table.pair(this, that), family, (*known.networks[this], *known.optimizers[that]))
+        Training(support_page.pair(this, that), family, (*known.networks[this], *known.optimizers[that]))
         for this in known.networks
         for that in known.optimizers
         if thorough or this == network or that == optimizer
@@ -108,10 +108,10 @@ def rehearse(options: MatrixOptions) -> Report:
                 rehearsed.append(rehearse_family(stage, chosen, family, options))
                 checks.append(judge(rehearsed[-1]))
     if not options.only:
-        outcomes = merged(table.load(OUTCOMES) if OUTCOMES.exists() else [], rehearsed)
+        outcomes = merged(support_page.load(OUTCOMES) if OUTCOMES.exists() else [], rehearsed)
         write_atomic(OUTCOMES, msgspec.json.format(msgspec.json.encode(outcomes), indent=1) + b"\n")
-        write_atomic(table.PATH, table.render(outcomes).encode())
-        say(f"  wrote {table.PATH}")
+        write_atomic(support_page.PATH, support_page.render(outcomes).encode())
+        say(f"  wrote {support_page.PATH}")
     extra = {"outcomes": rehearsed, "limits": verdict.LIMITS}
     return Report("Rehearsals (predicted)", tuple(checks), extra, verdict.LIMITS)
 
@@ -163,8 +163,8 @@ def _directory(stage: Stage, training: Training, code: str) -> Path:
     return stage.work / "matrix" / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def _cell(name: str, directory: Path) -> table.Cell:
-    return table.cell(name, _record(directory, "mps"), _record(directory, "cpu"))
+def _cell(name: str, directory: Path) -> support_page.Cell:
+    return support_page.cell(name, _record(directory, "mps"), _record(directory, "cpu"))
 
 
 def _record(directory: Path, device: str) -> Record:

@@ -27,8 +27,8 @@ from kohya_mps.core.settings import Profile, load_profile, profile_names
 from kohya_mps.install import lockfile, package_index
 
 from . import binary, operators
+from .mps_messages import Text
 from .operators import Operators
-from .texts import Text
 
 _READER = Path(__file__).with_name("native_functions.py")
 # uv assumes macOS 13. Newer wheels require a newer one, and nothing is run here.

@@ -24,8 +24,7 @@ from kohya_mps.core.report import say
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import PROBES, Settings, load_gui
 from kohya_mps.install import accelerate_launch, generations
-from kohya_mps.install.generations import Generation
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import Generation, installed
 
 from . import page_files
 from .address import LOOPBACK, Address, check_free, parse_port

@@ -18,7 +18,7 @@ import msgspec
 
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.files import link_atomic, write_atomic
-from kohya_mps.core.installation import MANIFEST, Installation
+from kohya_mps.core.installation import MANIFEST, Installation, check_location
 from kohya_mps.core.process import running_from
 from kohya_mps.core.report import say
 
@@ -213,3 +213,27 @@ def _complete(home: Installation) -> Iterator[Generation]:
 def _origin(generation: Generation) -> tuple[str, str] | None:
     manifest = generation.manifest()
     return (manifest.profile, manifest.lock) if manifest else None
+
+
+def installed(home: Installation, profile: str = "") -> Generation:
+    """The active generation.
+
+    Args:
+        home: where it is installed.
+        profile: the profile that it must be of, where that profile's rules or lock are applied to it.
+
+    Raises:
+        UsageError: nothing is installed in this home, it is of another profile, or others
+            can write to it.
+    """
+    check_location(home)
+    generation = active(home)
+    manifest = generation.manifest() if generation else None
+    if generation is None or manifest is None:
+        raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
+    if profile and manifest.profile != profile:
+        raise UsageError(
+            f"the active environment is of the profile {manifest.profile}, not {profile}",
+            f"leave out KOHYA_PROFILE to use it, or install the other: `invoke setup --profile {profile}`",
+        )
+    return generation

@@ -298,9 +298,9 @@ def configure(settings: Settings, replace_default: bool, layout: ProcessLayout |
 @contextlib.contextmanager
 def _locked_generation(home: Installation, profile: str) -> Iterator[Generation]:
     """Hold the installation, with the generation that is active then."""
-    installed(home, profile)  # refused before a lock file is made
+    generations.installed(home, profile)  # refused before a lock file is made
     with exclusive_lock(home):
-        yield installed(home, profile)  # again: another run may have activated one meanwhile
+        yield generations.installed(home, profile)  # again: another run may have activated one meanwhile
 
 
 def _reconfigured(settings: Settings, generation: Generation, known: Receipt) -> Receipt:
@@ -314,30 +314,6 @@ def _reconfigured(settings: Settings, generation: Generation, known: Receipt) ->
         smoke=known.smoke if same else None,
         train_step=known.train_step if same else None,
     )
-
-
-def installed(home: Installation, profile: str = "") -> Generation:
-    """The active generation.
-
-    Args:
-        home: where it is installed.
-        profile: the profile that it must be of, where that profile's rules or lock are applied to it.
-
-    Raises:
-        UsageError: nothing is installed in this home, it is of another profile, or others
-            can write to it.
-    """
-    check_location(home)
-    generation = generations.active(home)
-    manifest = generation.manifest() if generation else None
-    if generation is None or manifest is None:
-        raise UsageError(f"there is no environment in {home.root}", "`invoke setup` builds it")
-    if profile and manifest.profile != profile:
-        raise UsageError(
-            f"the active environment is of the profile {manifest.profile}, not {profile}",
-            f"leave out KOHYA_PROFILE to use it, or install the other: `invoke setup --profile {profile}`",
-        )
-    return generation
 
 
 def check_machine(settings: Settings, plan: Plan) -> Check:

@@ -14,8 +14,7 @@ from kohya_mps.core.machine import expected_device
 from kohya_mps.core.report import Check, Report, Status, say
 from kohya_mps.core.settings import PROBES, Settings
 from kohya_mps.install import accelerate_launch
-from kohya_mps.install.generations import Generation
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import Generation, installed
 from kohya_mps.trainer_config import config_file
 from kohya_mps.trainer_config.config_file import read
 from kohya_mps.trainer_config.trainer_options import TrainerOptions, parse_options

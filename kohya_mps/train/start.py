@@ -25,8 +25,7 @@ from kohya_mps.diagnose import base_model, preflight
 from kohya_mps.diagnose.base_model import Form, Model
 from kohya_mps.diagnose.preflight import PreflightOptions
 from kohya_mps.install import accelerate_launch, checkout, lockfile, receipt
-from kohya_mps.install.generations import Generation
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import Generation, installed
 from kohya_mps.trainer_config import config_file
 from kohya_mps.trainer_config.config_file import ConfigFile, Kind, read
 

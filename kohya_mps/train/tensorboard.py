@@ -10,7 +10,7 @@ from kohya_mps.core.process import stream
 from kohya_mps.core.report import say
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_launch
-from kohya_mps.install.setup import installed
+from kohya_mps.install.generations import installed
 
 from . import runs
 

@@ -23,7 +23,7 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import PROBES, ROOT, Settings
 from kohya_mps.diagnose import preflight
-from kohya_mps.install import setup, status, training_step
+from kohya_mps.install import generations, setup, status, training_step
 from kohya_mps.install.generations import Generation
 from tests.support.web_pages import free_port
 
@@ -135,7 +135,7 @@ def chosen() -> Settings:
 
 @pytest.fixture(scope="module")
 def generation(chosen: Settings) -> Generation:
-    return setup.installed(Installation(chosen.home))
+    return generations.installed(Installation(chosen.home))
 
 
 @pytest.fixture(scope="module")

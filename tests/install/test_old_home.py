@@ -12,8 +12,9 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, receipt
+from kohya_mps.install.generations import installed
 from kohya_mps.install.rollback import choices, rollback
-from kohya_mps.install.setup import SetupOptions, configure, installed, setup
+from kohya_mps.install.setup import SetupOptions, configure, setup
 from kohya_mps.install.status import status
 from kohya_mps.install.uninstall import uninstall
 from tests.support.installs import Small, Upstream, git

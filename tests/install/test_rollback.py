@@ -13,9 +13,9 @@ from kohya_mps.core.report import Status
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, generations, inventory
-from kohya_mps.install.generations import Generation
+from kohya_mps.install.generations import Generation, installed
 from kohya_mps.install.rollback import choices, rollback
-from kohya_mps.install.setup import installed, setup
+from kohya_mps.install.setup import setup
 from tests.support.installs import Small, Upstream, running_as
 from tests.support.reports import warned
 from tests.support.standin import UNVERIFIED, make_lock

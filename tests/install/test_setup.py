@@ -20,7 +20,8 @@ from kohya_mps.core.report import Report, Status
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, checkout, environment, generations, inventory, receipt
-from kohya_mps.install.setup import SetupOptions, check_machine, configure, installed, setup, verify
+from kohya_mps.install.generations import installed
+from kohya_mps.install.setup import SetupOptions, check_machine, configure, setup, verify
 from kohya_mps.train import start
 from tests.support.installs import Small, Upstream
 from tests.support.reports import detail, snapshot, statuses

@@ -11,7 +11,8 @@ from kohya_mps.core.installation import Installation
 from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import Settings
 from kohya_mps.install import accelerate_config, generations, inventory, receipt
-from kohya_mps.install.setup import installed, setup
+from kohya_mps.install.generations import installed
+from kohya_mps.install.setup import setup
 from kohya_mps.install.status import listed, status
 from tests.support.installs import Small, Upstream, git
 from tests.support.reports import failed, snapshot, warned

@@ -13,7 +13,8 @@ from kohya_mps.core.run_lock import exclusive_lock
 from kohya_mps.core.settings import GUI_PRESETS, Settings
 from kohya_mps.install import accelerate_config
 from kohya_mps.install.checkout import clone
-from kohya_mps.install.setup import installed, setup
+from kohya_mps.install.generations import installed
+from kohya_mps.install.setup import setup
 from kohya_mps.install.uninstall import uninstall, user_files
 from tests.support.installs import Upstream, git, running_as
 from tests.support.standin import UNVERIFIED

@@ -21,7 +21,7 @@ from kohya_mps.core import settings
 from kohya_mps.core.installation import Installation
 from kohya_mps.core.report import Status
 from kohya_mps.core.settings import PROBES, Settings
-from kohya_mps.install import accelerate_config, accelerate_launch, setup, training_step
+from kohya_mps.install import accelerate_config, accelerate_launch, generations, setup, training_step
 from kohya_mps.install.accelerate_config import ProcessLayout
 from kohya_mps.install.generations import Generation
 from kohya_mps.train import compare_lora, follow, new_project, runs, start
@@ -71,7 +71,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
 
 @pytest.fixture(scope="module")
 def generation(here: Settings) -> Generation:
-    return setup.installed(Installation(here.home))
+    return generations.installed(Installation(here.home))
 
 
 def make(
@@ -84,7 +84,7 @@ def make(
     **changed: Any,
 ) -> Path:
     """A project with the small model's pictures and settings that fit it."""
-    generation = setup.installed(Installation(here.home))
+    generation = generations.installed(Installation(here.home))
     model = training_step.prepare_model(generation, Installation(here.home).verification, family, "small")
     images = project.parent / f"pictures of {project.name}" / "2_shapes"
     shutil.copytree(model / "images" / "2_shapes", images)

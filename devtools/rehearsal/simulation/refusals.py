@@ -1,7 +1,7 @@
 """What the MPS device refuses although it has a kernel: rules with their source.
 
 Only refusals that torch's own code states are here. Each applies to the versions whose macOS
-library has its message (see :mod:`devtools.rehearsal.texts`), so that the log of a rehearsal
+library has its message (see :mod:`devtools.rehearsal.mps_messages`), so that the log of a rehearsal
 reads like that of a Mac.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..texts import Text
+from ..mps_messages import Text
 
 _Arguments = tuple[Any, ...]
 

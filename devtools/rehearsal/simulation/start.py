@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import operators
-from . import attention, guard, stand_ins
+from . import attention, cpp_registration, torch_functions
 from .device import Simulator
 from .recorder import Recorder
 
@@ -26,8 +26,8 @@ def simulate(recorder: Recorder, *, fallback: bool = False) -> Simulator:
         GuardUnavailable: this torch has an unknown layout.
     """
     simulator = Simulator(operators.load(torch.__version__), recorder, fallback=fallback)
-    guard.install()
-    stand_ins.install(recorder, macos=MACOS, memory=MEMORY)
+    cpp_registration.install()
+    torch_functions.install(recorder, macos=MACOS, memory=MEMORY)
     attention.install(simulator, simulator.library)
     simulator.install()
     return simulator

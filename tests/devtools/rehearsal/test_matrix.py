@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from devtools.rehearsal import matrix, runner, table
+from devtools.rehearsal import matrix, runner, support_page
 from devtools.rehearsal.runner import Stage
-from devtools.rehearsal.table import Cell, Outcomes
+from devtools.rehearsal.support_page import Cell, Outcomes
 from kohya_mps.core import settings
 from kohya_mps.core.report import Status
 from tests.support.rehearsal_stage import make_stage
@@ -18,7 +18,7 @@ from tests.support.rehearsal_stage import make_stage
 def test_the_outcomes_are_those_of_the_trainings_that_are_rehearsed() -> None:
     """A renamed or removed training would leave a row that nothing stands behind."""
     known = runner.trainings()
-    for one in table.load(matrix.OUTCOMES):
+    for one in support_page.load(matrix.OUTCOMES):
         combined = [cell.name for cell in one.combinations]
         everything = [t.name for t in matrix.combinations(known, one.family, thorough=True)]
         least = {t.name for t in matrix.combinations(known, one.family, thorough=False)}
@@ -89,7 +89,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(runner, "prepare", lambda _settings, builtin: stage)
     monkeypatch.setattr("devtools.sandbox.SANDBOX", tmp_path / "sandbox")
     monkeypatch.setattr(matrix, "OUTCOMES", tmp_path / "outcomes.json")
-    monkeypatch.setattr(table, "PATH", tmp_path / "mps-support.md")
+    monkeypatch.setattr(support_page, "PATH", tmp_path / "mps-support.md")
     return stage
 
 
@@ -112,9 +112,9 @@ def test_all_trainings_write_the_outcomes_and_the_page_of_them(
     (check,) = matrix.rehearse(matrix.MatrixOptions(("validated",), ("sd15",), 2)).checks
     assert check.status is Status.WARN
     assert check.detail == "3 of 4 train; losses are not the CPU's: other"
-    (outcomes,) = table.load(matrix.OUTCOMES)
+    (outcomes,) = support_page.load(matrix.OUTCOMES)
     assert [cell.trains for cell in outcomes.cells] == [True, True, False, True]
-    assert table.PATH.read_text(encoding="utf-8") == table.render([outcomes])
+    assert support_page.PATH.read_text(encoding="utf-8") == support_page.render([outcomes])
 
 
 def made(profile: str, family: str, name: str = "lora") -> Outcomes:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from devtools.rehearsal import operators
+from devtools.rehearsal.mps_messages import Text
 from devtools.rehearsal.operators import Operators, Served
-from devtools.rehearsal.texts import Text
 from kohya_mps.core import settings
 from kohya_mps.install import lockfile
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from devtools.rehearsal import matrix, runner, table
+from devtools.rehearsal import matrix, runner, support_page
 from devtools.rehearsal.runner import Training
-from devtools.rehearsal.table import Cell, Outcomes
+from devtools.rehearsal.support_page import Cell, Outcomes
 from kohya_mps.core import settings
 from kohya_mps.core.report import Status
 from kohya_mps.diagnose import preflight
@@ -31,7 +31,7 @@ REFUSED_FOR_OTHER_REASONS = {
 
 def rehearsed() -> Iterator[tuple[Outcomes, Training, Cell]]:
     known = runner.trainings()
-    for one in table.load(matrix.OUTCOMES):
+    for one in support_page.load(matrix.OUTCOMES):
         for training in (
             *matrix.combinations(known, one.family, thorough=True),
             *matrix.option_trainings(known, one.family),

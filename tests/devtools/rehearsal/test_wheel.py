@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from devtools.rehearsal import operators, wheel
+from devtools.rehearsal.mps_messages import Text
 from devtools.rehearsal.operators import Operators
-from devtools.rehearsal.texts import Text
 from kohya_mps.core import settings
 from kohya_mps.core.errors import StepFailed, UsageError
 from kohya_mps.core.report import Report

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools.chaos import stand_in
+from devtools.chaos import small_repositories
 from kohya_mps.install import checkout
 from tests.support.installs import make_settings
 
@@ -14,7 +14,7 @@ def test_the_stand_in_can_be_checked_out_with_its_submodule(
 ) -> None:
     for name, value in (("COUNT", "1"), ("KEY_0", "protocol.file.allow"), ("VALUE_0", "always")):
         monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
-    chosen = stand_in.make(tmp_path, make_settings(tmp_path / "home"))
+    chosen = small_repositories.make(tmp_path, make_settings(tmp_path / "home"))
     checkout.ensure_checkout(chosen)
     assert (chosen.home / "kohya_gui.py").is_file()
     assert (chosen.home / "sd-scripts" / "train_network.py").is_file()
