@@ -94,7 +94,8 @@ def judge(mutants: Sequence[Mutant], reasons: Sequence[Reason]) -> Report:
         checks.append(Check("new survivor", Status.FAIL, name, fix))
     for name in sorted(listed - survivors):
         fix = f"take it out of {LIST.relative_to(ROOT)}"
-        checks.append(Check("no survivor", Status.FAIL, name, fix))
+        # Not a failure: on a busy machine a test may notice a mutant because it takes too long.
+        checks.append(Check("no survivor", Status.WARN, name, fix))
     extra = {"killed": killed.total(), "mutants": of.total(), "share": round(share, 1)}
     return Report("Planted faults", tuple(checks), extra)
 
