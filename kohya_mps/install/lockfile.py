@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -84,10 +85,16 @@ def read(path: Path) -> Lock:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read: {error}", restores(path)) from error
+    return Lock(path, hashlib.sha256(text.encode()).hexdigest(), _pins(path, text))
+
+
+@functools.lru_cache(maxsize=8)
+def _pins(path: Path, text: str) -> tuple[Pin, ...]:
+    """The pins of a lock's text. Kept, because parsing takes long and one command reads a lock several times."""
     pins = tuple(_pin(path, number, line) for number, line in _logical_lines(text))
     if not pins:
         raise UsageError(f"{path}: holds no pins", "`nox -s lock` makes it again")
-    return Lock(path, hashlib.sha256(text.encode()).hexdigest(), pins)
+    return pins
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:

@@ -449,7 +449,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ),
     "a truncated index": lambda repository: os.truncate(repository / "index", 20),
 }
-# What goes for the one repository goes for the other: the second is tried by the slow tests.
+
+# One of each kind; the slow tests try the rest, and the second repository, which is as the first.
+OF_EACH_KIND = ("deleted objects", "no HEAD", "a truncated index")
+EVERY_DAMAGE = [
+    what if what in OF_EACH_KIND else pytest.param(what, marks=pytest.mark.slow) for what in DAMAGES
+]
 TREES = ["kohya_ss", pytest.param("sd-scripts", marks=pytest.mark.slow)]
 
 # Mended where they are: nothing of these files has to be fetched.
@@ -463,7 +468,7 @@ SLIGHT_DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("what", EVERY_DAMAGE)
 def test_a_damaged_repository_is_replaced_and_the_old_one_kept(
     what: str, tree: str, settings: Settings, upstream: Upstream
 ) -> None:
@@ -484,7 +489,7 @@ def test_a_damaged_repository_is_replaced_and_the_old_one_kept(
     assert ".git.damaged" not in git(path, "status", "--porcelain")
 
 
-@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("what", EVERY_DAMAGE)
 def test_what_the_user_changed_is_still_his_after_a_repair(
     what: str, settings: Settings, upstream: Upstream
 ) -> None:
@@ -692,7 +697,10 @@ def test_a_move_killed_anywhere_is_finished_by_the_next_run(
             check_is_good(settings, upstream)
 
 
-@pytest.mark.parametrize("missing", ["HEAD", "refs", "objects", "config"])
+@pytest.mark.parametrize(
+    "missing",
+    ["HEAD", *(pytest.param(name, marks=pytest.mark.slow) for name in ("refs", "objects", "config"))],
+)
 @pytest.mark.parametrize("tree", [".", pytest.param("sd-scripts", marks=pytest.mark.slow)])
 def test_a_git_init_that_was_killed_itself_is_begun_again(
     tree: str, missing: str, settings: Settings, upstream: Upstream, killer: Killer
