@@ -57,6 +57,7 @@ def refusals(world: World, outcomes: Outcomes, training: Training) -> list[str]:
     return [check.name for check in report.checks if check.status is Status.FAIL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("outcomes", "training", "cell"),
     [
