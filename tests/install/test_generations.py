@@ -77,6 +77,28 @@ def test_the_latest_is_the_complete_one_that_was_activated_last(home: Installati
     assert generations.latest(home) == second
 
 
+def test_the_installed_one_is_the_active_one_of_the_profile_that_is_named(home: Installation) -> None:
+    with pytest.raises(UsageError, match="there is no environment in") as told:
+        generations.installed(home)
+    assert "invoke setup" in told.value.fix
+    good = make(home, "a", "1")
+    activate(home, good)
+    assert generations.installed(home) == generations.installed(home, "validated") == good
+    with pytest.raises(UsageError, match="of the profile validated, not latest") as told:
+        generations.installed(home, "latest")
+    assert "invoke setup --profile latest" in told.value.fix
+    good.manifest_file.unlink()
+    with pytest.raises(UsageError, match="there is no environment in"):
+        generations.installed(home)
+
+
+def test_what_others_can_write_to_is_not_taken_for_installed(home: Installation) -> None:
+    activate(home, make(home, "a", "1"))
+    home.root.chmod(0o777)
+    with pytest.raises(UsageError, match="another user could replace the programs"):
+        generations.installed(home)
+
+
 def test_an_interrupted_build_is_never_made_active(home: Installation) -> None:
     good, half = make(home, "a", "1"), make(home, "b")
     activate(home, good)

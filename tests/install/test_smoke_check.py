@@ -108,7 +108,7 @@ def test_the_probe_checks_against_the_lock_the_profile_and_the_configuration(
     gui: bool, small: Small, generation: Generation
 ) -> None:
     small.lock.write_text(
-        small.lock.read_text().replace("other-thing==2.1", "other-thing==2.1 ; sys_platform != 'nowhere'")
+        small.lock.read_text().replace("other_thing==2.1", "other_thing==2.1 ; sys_platform != 'nowhere'")
     )
     small.lock.with_name("small-gui.txt").write_text(
         small.lock.read_text().replace("plain==1.0", "plain==2.0")
